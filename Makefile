@@ -1,0 +1,48 @@
+# make revival | make test | make bench | make export | make clean-notebooks
+# Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
+PYTHON ?= python3
+SCALE ?= desk
+SEEDS ?= 1
+DEVICE ?= auto
+OUT ?= outputs
+
+BIN := .venv/bin
+READY := .venv/.ready
+# the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
+TORCH := torch==2.13.0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: revival test lint bench export setup
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "PYTHON is %s; allowed: Python 3.11 or newer, e.g. make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# The executed copy is written beside its place and renamed, so that a failed run leaves the last good one.
+# $(1) notebook, $(2) folder, $(3) papermill's parameters
+define run
+	@mkdir -p '$(2)'
+	$(BIN)/papermill --log-output --no-progress-bar nbs/$(1).ipynb '$(2)/.$(1).running.ipynb' $(3)
+	@mv '$(2)/.$(1).running.ipynb' '$(2)/$(1).ipynb'
+endef
+
+revival: $(READY)
+	$(call run,exp_revival,$(OUT)/exp_revival/$(SCALE),-p scale '$(SCALE)' -p seeds $(SEEDS) -p device '$(DEVICE)' -p out '$(OUT)')
+
+bench: $(READY)
+	$(call run,bench_data,$(OUT)/bench_data,-p out '$(OUT)')
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+export: $(READY)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean

@@ -1,0 +1,129 @@
+"The model against an independent implementation, and its sites."
+
+import pytest
+import torch
+
+from wrapperlib.checks import BadInput
+from wrapperlib.model import GPT, Shape, change, read, site_names
+
+
+def test_logits_are_those_of_hugging_face_gpt2():
+    transformers = pytest.importorskip("transformers")
+    shape = Shape(blocks=3, heads=4, width=32)
+    ours = GPT(vocabulary=50, context=40, shape=shape, seed=3).eval()
+    with torch.no_grad():  # biases and norms start at 0 and 1; make them count
+        for p in ours.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_positions=40,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        tie_word_embeddings=False,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    names = {"token": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"}
+    parts = {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attention.qkv": "attn.c_attn",
+        "attention.out": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
+    names |= {
+        f"blocks.{i}.{ours_}": f"transformer.h.{i}.{theirs_}" for i in range(3) for ours_, theirs_ in parts.items()
+    }
+    weights = {}
+    for name, p in ours.named_parameters():
+        module, _, kind = name.rpartition(".")
+        # GPT-2's Conv1D keeps its matrix transposed
+        weights[f"{names[module]}.{kind}"] = p.T if kind == "weight" and ".c_" in names[module] else p
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all(m.endswith((".attn.bias", ".attn.masked_bias")) for m in missing)
+    ids = torch.randint(0, 50, (4, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)
+
+
+def test_paper_shape_has_about_three_million_parameters():
+    assert 2.5e6 < sum(p.numel() for p in GPT(268, 259).parameters()) < 3.5e6
+
+
+@pytest.fixture
+def model(shape):
+    return GPT(30, 20, shape, seed=0)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_site_reads_and_changes(model, ids):
+    plain = model(ids)
+    shapes = {
+        "embed": (3, 20, 16),
+        "attention": (3, 2, 20, 20),
+        "attention_out": (3, 20, 16),
+        "neurons": (3, 20, 64),
+        "residual": (3, 20, 16),
+    }
+    for name in site_names(model):
+        kind = name.split(".")[-1]
+        assert read(model, ids, [name])[name].shape == shapes[kind]
+        with change(model, {name: torch.zeros_like}):
+            assert not torch.allclose(model(ids), plain)
+    assert torch.equal(model(ids), plain)
+    assert len(site_names(model)) == 1 + 4 * 2
+
+
+def test_hooks_are_gone_after_an_error(model, ids):
+    with pytest.raises(ZeroDivisionError), change(model, {"embed": lambda x: 1 / 0}):
+        model(ids)
+    assert not any(s._forward_hooks for s in site_names(model).values())
+
+
+def test_fused_and_explicit_attention_agree_with_gradients(model, ids):
+    def gradients(explicit, last):
+        with change(model, {f"blocks.{i}.attention": lambda x: None for i in range(2)} if explicit else {}):
+            out = model(ids, last=last)
+        model.zero_grad()
+        out.square().sum().backward()
+        return out, [p.grad.clone() for p in model.parameters()]
+
+    for last in (False, True):
+        (a, da), (b, db) = gradients(False, last), gradients(True, last)
+        assert torch.allclose(a, b, atol=1e-5) and all(torch.allclose(x, y, atol=1e-4) for x, y in zip(da, db))
+
+
+def test_last_is_the_last_position(model, ids):
+    assert torch.allclose(model(ids)[:, -1], model(ids, last=True), atol=1e-6)
+
+
+def test_the_future_is_not_seen(model, ids):
+    changed = ids.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 30
+    assert torch.allclose(model(ids)[:, :12], model(changed)[:, :12], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (lambda: Shape(width=100, heads=6), "width is 100"),
+        (lambda: Shape(blocks=0), "blocks is 0"),
+        (lambda: GPT(1, 10), "vocabulary is 1"),
+        (
+            lambda: read(GPT(5, 5, Shape(1, 1, 4)), torch.zeros(1, 5, dtype=int), ["blocks.9.residual"]),
+            "site is 'blocks.9.residual'",
+        ),
+    ],
+)
+def test_bad_input_is_named(bad, says):
+    with pytest.raises(BadInput, match=says):
+        bad()

@@ -1,0 +1,184 @@
+"Answers against an independent slow reference, and what edited strings promise."
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wrapperlib.checks import BadInput
+from wrapperlib.tasks import (
+    FAMILIES,
+    PRIORS,
+    PROMPT,
+    TAIL,
+    Domain,
+    Edited,
+    Natural,
+    answers,
+    decode,
+    label_law,
+    one_task,
+    recount,
+    rows,
+)
+
+
+def slow_answer(row: str) -> str:
+    "The answer from the row as a person reads it, by the rules in the notebook and with nothing of the library."
+    words = row.split()
+    family, operand, number = words[1], words[2], int(words[3])
+    text = "".join(words[words.index("SOT") + 1 : words.index("EOT")])
+    found = [i for i in range(len(text)) if text.startswith(operand, i)]
+    if family in ("C", "CC"):
+        return str(sum(i >= len(text) - number for i in found))
+    if family in ("I", "IC"):
+        return str(len(text) - found[-number]) if len(found) >= number else "NULL"
+    return text[len(text) - number]
+
+
+GOLDEN = [
+    "SOS C a 4 SOT a b a c c a EOT ART 2 EOS",
+    "SOS C b 4 SOT a b a c c a EOT ART 0 EOS",
+    "SOS C c 4 SOT a b a c c a EOT ART 2 EOS",
+    "SOS CC cc 4 SOT a b a c c a EOT ART 1 EOS",
+    "SOS CC aa 4 SOT b c a a a a EOT ART 3 EOS",
+    "SOS CC aa 4 SOT c a a b b c EOT ART 0 EOS",
+    "SOS I a 2 SOT a b a c c a EOT ART 4 EOS",
+    "SOS I b 2 SOT a b a c c a EOT ART NULL EOS",
+    "SOS I c 2 SOT a b a c c c EOT ART 2 EOS",
+    "SOS IC aa 2 SOT b a a a c c EOT ART 5 EOS",
+    "SOS IC cc 2 SOT b a a a c c EOT ART NULL EOS",
+    "SOS T NULL 4 SOT a b a c c a EOT ART a EOS",
+    "SOS T NULL 4 SOT a b c c c a EOT ART c EOS",
+]
+
+
+@pytest.mark.parametrize("row", GOLDEN)
+def test_golden_rows(row):
+    small = Domain(length=6, window=4, nth=2)
+    words = row.split()
+    text = np.array([["abc".index(x) for x in words[PROMPT:-TAIL]]])
+    operand = 0 if words[2] == "NULL" else "abc".index(words[2][0])
+    ids = rows(small, text, np.array([FAMILIES.index(words[1])]), np.array([operand]))
+    assert decode(small, ids[0]) == row
+    assert slow_answer(row) == words[-2]
+
+
+@pytest.mark.parametrize("numbers", [dict(), dict(length=24, window=16, nth=2), dict(length=9, window=9, nth=1)])
+def test_answers_against_the_slow_reference(numbers):
+    domain = Domain(**numbers)
+    for row in Natural(domain, PRIORS["H"]).batch(400, seed=1, step=0):
+        words = decode(domain, row)
+        assert words.split()[-2] == slow_answer(words)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=8, max_size=8),
+    st.sampled_from(range(5)),
+    st.integers(0, 2),
+    st.integers(2, 8),
+    st.integers(1, 8),
+)
+def test_answers_on_any_text(text, family, operand, window, nth):
+    domain = Domain(length=8, window=window, nth=nth)
+    ids = rows(domain, np.array([text]), np.array([family]), np.array([operand]))
+    words = decode(domain, ids[0])
+    assert words.split()[-2] == slow_answer(words)
+    assert answers(domain, np.array([text]), np.array([family]), np.array([operand])) == ids[0, -2]
+
+
+def test_families_are_uniform_and_operands_follow_the_prior(domain):
+    batch = np.concatenate([Natural(domain, PRIORS["H"]).batch(500, 0, s) for s in range(20)])
+    family = np.bincount(batch[:, 1] - domain.ids["C"], minlength=5) / len(batch)
+    assert abs(family - 0.2).max() < 0.02
+    count = batch[batch[:, 1] == domain.ids["C"]]
+    operand = np.bincount(count[:, 2] - domain.ids["a"], minlength=3) / len(count)
+    assert abs(operand - PRIORS["H"]).max() < 0.04
+
+
+@pytest.mark.parametrize("make", [lambda d: Natural(d, PRIORS["M"]), lambda d: Edited(d, "b", 0.5)])
+def test_batches_are_a_function_of_seed_and_step(domain, make):
+    batch = make(domain).batch(16, seed=3, step=7)
+    assert (make(domain).batch(16, seed=3, step=7) == batch).all()
+    for other in (
+        dict(seed=4, step=7),
+        dict(seed=3, step=8),
+        dict(seed=(3, 1), step=7),
+        dict(seed=3, step=7, split="test"),
+    ):
+        assert (make(domain).batch(16, **other) != batch).any()
+
+
+@pytest.mark.parametrize("numbers", [dict(), dict(length=24, window=16, nth=2), dict(length=26, window=22, nth=2)])
+class TestEdited:
+    def counts(self, numbers, c, n=4000):
+        domain = Domain(**numbers)
+        text = Edited(domain, "b", c).text(n, np.random.default_rng(0))[:, -domain.window :]
+        return domain, (text == 0).sum(1), (text == 1).sum(1)
+
+    def test_the_correlation_holds_or_never_does(self, numbers):
+        for c, share in ((1.0, 1.0), (0.0, 0.0)):
+            _, a, b = self.counts(numbers, c)
+            assert (b == a + 1).mean() == share
+        _, a, b = self.counts(numbers, 0.5)
+        assert 0.46 < (b == a + 1).mean() < 0.54
+
+    def test_labels_are_alike_for_both(self, numbers):
+        histograms = [self.counts(numbers, c, 20_000)[1:] for c in (0.0, 1.0)]
+        for without, with_it in zip(*histograms):
+            size = max(without.max(), with_it.max()) + 1
+            gap = abs(np.bincount(without, minlength=size) - np.bincount(with_it, minlength=size)) / 20_000
+            assert gap.max() < 0.02
+
+    def test_labels_are_inside_what_pretraining_shows(self, numbers):
+        domain, a, b = self.counts(numbers, 0.5)
+        natural = Natural(domain, PRIORS["H"], ("C",)).batch(20_000, 0, 0)[:, PROMPT:-TAIL][:, -domain.window :]
+        for letter, edited in ((0, a), (1, b)):
+            share = np.bincount((natural == domain.ids["a"] + letter).sum(1), minlength=domain.window + 1) / 20_000
+            assert share[np.unique(edited)].min() > 0.003
+
+    def test_text_before_the_window_is_natural(self, numbers):
+        domain = Domain(**numbers)
+        before = Edited(domain, "a", 1.0).text(300, np.random.default_rng(5))[:, : -domain.window]
+        assert not any("000" in "".join(map(str, row)) for row in before)
+
+
+def test_recount_changes_as_little_as_it_can():
+    rng = np.random.default_rng(0)
+    window = rng.integers(0, 3, (200, 12))
+    wanted = {0: rng.integers(0, 6, 200), 1: rng.integers(0, 7, 200)}
+    new = recount(window, wanted, 2, rng)
+    for letter, counts in wanted.items():
+        assert ((new == letter).sum(1) == counts).all()
+    need = sum(abs((window == letter).sum(1) - counts) for letter, counts in wanted.items())
+    # an a that goes and a b that comes may share a place, so need is the most that may change
+    assert ((new != window).sum(1) <= need).all()
+
+
+def test_law_without_correlation_keeps_both_margins(domain):
+    law, joint = label_law(domain)
+    assert np.allclose(joint.sum(1), law, atol=1e-6) and np.allclose(joint.sum(0), law, atol=1e-6)
+    assert joint.diagonal().sum() == 0 and (law > 0).sum() >= 3
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda d: Natural(d, (0.5, 0.5)), "prior"),
+        (lambda d: Natural(d, (0.6, 0.3, 0.3)), "prior .*sum to 1"),
+        (lambda d: Natural(d, (1.2, -0.2, 0.0)), "prior"),
+        (lambda d: Natural(d, PRIORS["H"], ()), "families"),
+        (lambda d: Natural(d, PRIORS["H"], ("X",)), "families"),
+        (lambda d: one_task(d, "C", "z"), "operand is 'z'"),
+        (lambda d: Edited(d, "b", -0.1), "c is -0.1"),
+        (lambda d: Edited(d, "b", 1.0, "b", "b"), "oft"),
+        (lambda d: Edited(Domain(length=30, window=3), "b", 1.0), "window is 3"),
+        (lambda d: Domain(length=10, window=11), "window is 11"),
+        (lambda d: Domain(nth=0), "nth is 0"),
+        (lambda d: decode(d, [0, 999]), "ids"),
+    ],
+)
+def test_bad_input_is_named(domain, make, says):
+    with pytest.raises(BadInput, match=says):
+        make(domain)

@@ -1,0 +1,174 @@
+"The one loop: schedule, exact resumption, errors, and the paper's shape."
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wrapperlib.checks import BadInput
+from wrapperlib.model import GPT, Shape
+from wrapperlib.protocols import SCALES, fine_tuning, pretraining, reverse
+from wrapperlib.tasks import PRIORS, Domain, Natural, one_task
+from wrapperlib.training import (
+    FINE_TUNING,
+    Measure,
+    NotFinite,
+    Progress,
+    Recipe,
+    accuracy,
+    log_spaced,
+    loss_of,
+    pick_device,
+    rate,
+    seconds_per_step,
+    train,
+)
+
+ANSWER = dict(sequence=0.0, answer=1.0)
+
+
+def test_schedule_is_the_papers():
+    recipe = Recipe(steps=10_000, lr=1e-3)
+    rates = [rate(recipe, s) for s in range(10_000)]
+    assert max(rates) <= 1e-3 and rates[1999] == pytest.approx(1e-3, rel=1e-3)
+    assert rates[999] == pytest.approx(5e-4, rel=2e-3)  # half-way through a linear warm-up of 20 %
+    assert rates[-1] == pytest.approx(1e-5)
+    halfway = (2000 + 9999) / 2
+    assert rates[round(halfway)] == pytest.approx(1e-3 * (0.01 + 0.99 / 2), rel=1e-3)
+    assert all(a >= b for a, b in itertools.pairwise(rates[2000:]))
+    assert rate(Recipe(steps=1), 0) > 0 and math.isfinite(rate(Recipe(steps=2, warmup=0), 1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 400, 10_000])
+def test_measured_steps_run_from_first_to_last(steps):
+    found = log_spaced(steps)
+    assert found[0] == 0 and found[-1] == steps and found == sorted(set(found))
+    assert all(b / a <= 2 for a, b in itertools.pairwise(found[1:]))
+
+
+def test_losses_agree_with_their_definition(domain, shape):
+    model = GPT(len(domain.vocabulary), domain.row_length, shape)
+    ids = torch.from_numpy(Natural(domain, PRIORS["H"]).batch(5, 0, 0))
+    log_p = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert loss_of(model, ids, Recipe()).item() == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    assert loss_of(model, ids, Recipe(**ANSWER)).item() == pytest.approx(-log_p[:, -2].mean().item(), rel=1e-5)
+    both = loss_of(model, ids, Recipe(sequence=2.0, answer=3.0)).item()
+    assert both == pytest.approx(-2 * log_p.mean().item() - 3 * log_p[:, -2].mean().item(), rel=1e-5)
+
+
+def test_accuracy_counts_first_choices(domain, shape):
+    model = GPT(len(domain.vocabulary), domain.row_length, shape)
+    ids = torch.from_numpy(one_task(domain, "C", "a").batch(70, 0, 0))
+    right = sum(int(model(row[None, :-2], last=True).argmax()) == int(row[-2]) for row in ids)
+    assert accuracy(model, ids, batch=16) == pytest.approx(right / 70)
+
+
+def test_training_learns_and_resumes_bit_for_bit(domain, shape):
+    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=60, lr=3e-3, batch=32, **ANSWER)
+    measures = (Measure("acc", stream, n=64),)
+
+    def fresh():
+        return GPT(len(domain.vocabulary), domain.row_length, shape)
+
+    whole, kept = fresh(), []
+    log = train(whole, stream, recipe, 5, measures, save=kept.append, save_every=0)
+    losses = [row["value"] for row in log if row["metric"] == "loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    for progress in (kept[0], kept[30], kept[-1]):
+        again = fresh()
+        assert train(again, stream, recipe, 5, measures, resume=progress) == log
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+def test_a_foreign_checkpoint_is_refused(domain, shape):
+    stream, recipe, kept = one_task(domain, "T", "a"), Recipe(steps=3, batch=4, **ANSWER), []
+    train(GPT(len(domain.vocabulary), domain.row_length, shape), stream, recipe, save=kept.append, save_every=0)
+    for other in (Shape(3, 2, 16), Shape(2, 2, 32)):
+        with pytest.raises(BadInput, match="checkpoint"):
+            train(GPT(len(domain.vocabulary), domain.row_length, other), stream, recipe, resume=kept[0])
+    with pytest.raises(BadInput, match="checkpoint is '0 tensors'"):
+        train(GPT(len(domain.vocabulary), domain.row_length, shape), stream, recipe, resume=Progress(1, {}, []))
+
+
+def test_a_loss_that_is_not_finite_names_its_step(domain, shape):
+    class Broken:
+        def __init__(self, stream, model):
+            self.stream, self.model = stream, model
+
+        def batch(self, n, seed, step):
+            if step == 4:
+                with torch.no_grad():
+                    self.model.head.weight[3] = math.nan
+            return self.stream.batch(n, seed, step)
+
+    model = GPT(len(domain.vocabulary), domain.row_length, shape)
+    with pytest.raises(NotFinite, match="step 5 of 20"):
+        train(model, Broken(one_task(domain, "C", "a"), model), Recipe(steps=20, batch=4, **ANSWER))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("warmup", 1.0),
+        ("floor", 2.0),
+        ("clip", 0.0),
+        ("answer", -1.0),
+    ],
+)
+def test_bad_recipes_are_named(field, value):
+    with pytest.raises(BadInput, match=f"{field} is"):
+        replace(Recipe(), **{field: value})
+    with pytest.raises(BadInput, match="answer is 0"):
+        Recipe(sequence=0.0, answer=0.0)
+
+
+def test_devices():
+    assert pick_device("device", "cpu") == "cpu"
+    assert pick_device("device", "auto") in ("cpu", "cuda")
+    for bad in ("cuda:77", "tpu", 3, True):
+        with pytest.raises(BadInput, match="device is"):
+            pick_device("device", bad)
+
+
+def test_one_pretraining_and_one_fine_tuning_step_at_the_papers_full_shape():
+    paper = SCALES["paper"]
+    assert (paper.domain, paper.shape, paper.pretraining.steps, paper.fine_tuning) == (
+        Domain(),
+        Shape(6, 6, 192),
+        200_000,
+        FINE_TUNING,
+    )
+    base = pretraining(paper, "H")
+    model = base.fresh_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for run in (base, fine_tuning(paper, base, 1.0), reverse(paper, base)):
+        one = replace(run.recipe, steps=1)
+        log = train(model, run.stream, one, seed=0)
+        assert math.isfinite(log[-1]["value"])
+        assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+        before = {name: p.clone() for name, p in model.named_parameters()}
+
+
+def test_the_cost_of_a_step_is_measured(domain, shape):
+    model = GPT(len(domain.vocabulary), domain.row_length, shape)
+    assert 0 < seconds_per_step(model, one_task(domain, "C", "a"), Recipe(batch=4, **ANSWER), steps=2) < 5
+
+
+@pytest.mark.gpu
+def test_cuda_trains_like_the_cpu(domain, shape):
+    "bf16 autocast and compilation: the same fall of the loss within a tolerance, and no step is skipped."
+    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=60, lr=3e-3, batch=32, **ANSWER)
+    logs = {}
+    for device in ("cpu", "cuda"):
+        model = GPT(len(domain.vocabulary), domain.row_length, shape)
+        logs[device] = [
+            row["value"] for row in train(model, stream, recipe, 5, device=device) if row["metric"] == "loss"
+        ]
+    assert len(logs["cpu"]) == len(logs["cuda"])
+    assert logs["cuda"] == pytest.approx(logs["cpu"], rel=0.05, abs=0.05)
