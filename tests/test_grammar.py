@@ -92,6 +92,28 @@ def test_tables_do_not_change_the_law():
     assert stats.ks_2samp(a, b).pvalue > 0.001
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s → w s (0.9) | w (0.1)\nw → a b | a c c | b c | c",  # right recursion, in which strings grow long
+        "s → a s b s (0.4) | c (0.6)",
+        "s → a t | b\nt → s c (0.7) | c",  # a cycle of two symbols
+    ],
+)
+def test_recursive_grammars_keep_their_law(text):
+    grammar = Grammar.parse(text.replace("t → s c (0.7) | c", "t → s c (0.7) | c (0.3)"))
+    rng = random.Random(0)
+    slow = [slow_string(grammar, rng) for _ in range(2000)]
+    for cap in (1, 200, 2**18):
+        tokens, lengths = Sampler(grammar, cap).strings(2000, np.random.default_rng(1))
+        fast = [spell(grammar, s) for s in np.split(tokens, lengths.cumsum()[:-1])]
+        assert stats.ks_2samp(list(map(len, slow)), lengths).pvalue > 0.001
+        for letter in "abc":
+            counts = [[s.count(letter) for s in strings] for strings in (slow, fast)]
+            assert stats.ks_2samp(*counts).pvalue > 0.001
+        assert all(recognise(grammar, s) for s in fast[:20] if len(s) < 40)
+
+
 def test_samples_are_recognised_and_broken_ones_are_not():
     tokens, lengths = sampler().strings(5, np.random.default_rng(3))
     for piece in np.split(tokens, lengths.cumsum()[:-1]):
@@ -143,6 +165,8 @@ def test_text_and_start_are_checked():
         ("s → t\nt → s", r"cycle that never reaches"),
         ("s → a | t\nt → t b", r"rule is t → t b .*cycle that never reaches"),
         ("s → s s (0.6) | a (0.4)", r"rule is s → s s .*outgrows"),
+        ("x → s s s s\ns → s s (0.6) | a (0.4)", r"rule is s → s s .*outgrows"),
+        ("s → a (0.4) | s s (0.6)", r"rule is s → s s .*outgrows"),
         ("a → b", r"left-hand sides that are not terminals"),
         ("s a b", r"'lhs → symbols"),
         ("s t → a", r"'lhs → symbols"),

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wrapperlib.checks import BadInput
+from wrapperlib.grammar import Grammar
 from wrapperlib.tasks import (
     FAMILIES,
     PRIORS,
@@ -144,22 +145,33 @@ class TestEdited:
         assert not any("000" in "".join(map(str, row)) for row in before)
 
 
-def test_recount_changes_as_little_as_it_can():
+def test_recount_moves_only_what_it_must():
     rng = np.random.default_rng(0)
     window = rng.integers(0, 3, (200, 12))
     wanted = {0: rng.integers(0, 6, 200), 1: rng.integers(0, 7, 200)}
     new = recount(window, wanted, 2, rng)
     for letter, counts in wanted.items():
         assert ((new == letter).sum(1) == counts).all()
-    need = sum(abs((window == letter).sum(1) - counts) for letter, counts in wanted.items())
-    # an a that goes and a b that comes may share a place, so need is the most that may change
-    assert ((new != window).sum(1) <= need).all()
+    surplus = {letter: np.maximum((window == letter).sum(1) - counts, 0) for letter, counts in wanted.items()}
+    for letter, gone in surplus.items():  # no letter leaves its place but a surplus one
+        assert (((window == letter) & (new != letter)).sum(1) == gone).all()
+    with pytest.raises(BadInput, match="counts is 8"):
+        recount(np.zeros((1, 6), int), {0: np.array([4]), 1: np.array([4])}, 2, rng)
 
 
-def test_law_without_correlation_keeps_both_margins(domain):
-    law, joint = label_law(domain)
-    assert np.allclose(joint.sum(1), law, atol=1e-6) and np.allclose(joint.sum(0), law, atol=1e-6)
-    assert joint.diagonal().sum() == 0 and (law > 0).sum() >= 3
+@pytest.mark.parametrize("numbers", [dict(), dict(length=26, window=22, nth=2)])
+def test_law_without_correlation_keeps_both_margins_and_no_other_shortcut(numbers):
+    law, joint = label_law(Domain(**numbers))
+    labels = (law > 0).sum()
+    assert np.allclose(joint.sum(1), law) and np.allclose(joint.sum(0), law)
+    assert joint.diagonal().sum() == 0 and labels >= 3
+    best_guess_knowing_the_other = (joint / np.maximum(law, 1e-9)[:, None]).max()
+    assert best_guess_knowing_the_other == pytest.approx(1 / (labels - 1))
+
+
+def test_one_and_one_point_zero_are_the_same_data(domain):
+    assert Edited(domain, "b", 1) == Edited(domain, "b", 1.0) and repr(Edited(domain, "b", 1).c) == "1.0"
+    assert repr(Natural(domain, (1, 0, 0)).prior) == repr(Natural(domain, (1.0, 0.0, 0.0)).prior)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +188,12 @@ def test_law_without_correlation_keeps_both_margins(domain):
         (lambda d: Edited(Domain(length=30, window=3), "b", 1.0), "window is 3"),
         (lambda d: Domain(length=10, window=11), "window is 11"),
         (lambda d: Domain(nth=0), "nth is 0"),
+        (lambda d: Domain(length=20.0, window=10), "length is 20.0"),
+        (
+            lambda d: Domain(Grammar.parse("s → A B C", "A B C"), 20, 10, 2),
+            "terminals is 'A B C'.*would mean two things",
+        ),
+        (lambda d: Domain(Grammar.parse("s → a aa b", "a aa b"), 20, 10, 2), "terminals is 'a aa b'"),
         (lambda d: decode(d, [0, 999]), "ids"),
     ],
 )

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wrapperlib import training
 from wrapperlib.checks import BadInput
-from wrapperlib.model import GPT, Shape
+from wrapperlib.model import GPT, Shape, read, site_names
 from wrapperlib.protocols import SCALES, fine_tuning, pretraining, reverse
 from wrapperlib.tasks import PRIORS, Domain, Natural, one_task
 from wrapperlib.training import (
@@ -82,6 +83,23 @@ def test_training_learns_and_resumes_bit_for_bit(domain, shape):
         assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
 
 
+def test_mixed_precision_learns(domain, shape, monkeypatch):
+    "The path CUDA takes, on a CPU: a cast copy of the weights that outlives a step would leave the loss where it was."
+    cast = []
+
+    def autocast(device):
+        cast.append(device)
+        return torch.autocast("cpu", torch.bfloat16)
+
+    monkeypatch.setattr(training, "_autocast", autocast)
+    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=60, lr=3e-3, batch=32, **ANSWER)
+    model = GPT(len(domain.vocabulary), domain.row_length, shape)
+    log = train(model, stream, recipe, 5, (Measure("acc", stream, n=64),))
+    losses = [row["value"] for row in log if row["metric"] == "loss"]
+    assert losses[-1] < 0.7 * losses[0] and len(cast) > 60
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_a_foreign_checkpoint_is_refused(domain, shape):
     stream, recipe, kept = one_task(domain, "T", "a"), Recipe(steps=3, batch=4, **ANSWER), []
     train(GPT(len(domain.vocabulary), domain.row_length, shape), stream, recipe, save=kept.append, save_every=0)
@@ -113,6 +131,10 @@ def test_a_loss_that_is_not_finite_names_its_step(domain, shape):
     [
         ("steps", 0),
         ("batch", 0),
+        ("steps", 2.5),
+        ("batch", 1.5),
+        ("betas", (0.9, 1.0)),
+        ("weight_decay", -1.0),
         ("lr", 0.0),
         ("lr", math.nan),
         ("warmup", 1.0),
@@ -161,14 +183,40 @@ def test_the_cost_of_a_step_is_measured(domain, shape):
 
 
 @pytest.mark.gpu
-def test_cuda_trains_like_the_cpu(domain, shape):
+@pytest.mark.parametrize("last", [False, True])
+def test_cuda_trains_like_the_cpu(domain, shape, last):
     "bf16 autocast and compilation: the same fall of the loss within a tolerance, and no step is skipped."
-    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=60, lr=3e-3, batch=32, **ANSWER)
+    stream = one_task(domain, "T", "a")
+    recipe = Recipe(steps=60, lr=3e-3, batch=32, sequence=0.0 if last else 1.0, answer=1.0)
     logs = {}
     for device in ("cpu", "cuda"):
         model = GPT(len(domain.vocabulary), domain.row_length, shape)
-        logs[device] = [
-            row["value"] for row in train(model, stream, recipe, 5, device=device) if row["metric"] == "loss"
-        ]
+        log = train(model, stream, recipe, 5, (Measure("acc", stream, n=64),), device=device)
+        logs[device] = [row["value"] for row in log if row["metric"] == "loss"]
     assert len(logs["cpu"]) == len(logs["cuda"])
     assert logs["cuda"] == pytest.approx(logs["cpu"], rel=0.05, abs=0.05)
+
+
+@pytest.mark.gpu
+def test_cuda_resumes(domain, shape):
+    stream, recipe, kept = one_task(domain, "T", "a"), Recipe(steps=60, lr=3e-3, batch=32, **ANSWER), []
+    whole = train(
+        GPT(len(domain.vocabulary), domain.row_length, shape),
+        stream,
+        recipe,
+        device="cuda",
+        save=kept.append,
+        save_every=0,
+    )
+    again = train(GPT(len(domain.vocabulary), domain.row_length, shape), stream, recipe, device="cuda", resume=kept[30])
+    assert [row["step"] for row in again] == [row["step"] for row in whole]
+    assert again[-1]["value"] == pytest.approx(whole[-1]["value"], rel=0.05, abs=0.05)
+
+
+@pytest.mark.gpu
+def test_sites_read_the_same_on_cuda(domain, shape):
+    model = GPT(len(domain.vocabulary), domain.row_length, shape).eval()
+    ids = torch.from_numpy(Natural(domain, PRIORS["H"]).batch(4, 0, 0))
+    ours = read(model, ids, site_names(model))
+    theirs = read(model.cuda(), ids.cuda(), site_names(model))
+    assert all(torch.allclose(ours[name], theirs[name].cpu(), atol=1e-4) for name in ours)

@@ -134,15 +134,19 @@ class Grammar:
         )
         names = list(self.by_lhs)
         growth = np.array([[sum(r.p * r.rhs.count(y) for r in self.by_lhs[x]) for y in names] for x in names])
-        values, vectors = np.linalg.eig(growth)
+        values, right = np.linalg.eig(growth)
         worst = np.abs(values).argmax()
-        rule = self.by_lhs[names[np.abs(vectors[:, worst]).argmax()]][0]
-        check(
-            abs(values[worst]) < 1 - 1e-9,
-            "rule",
-            rule,
-            "rules with a finite expected length; this one is a cycle that outgrows itself",
-        )
+        if abs(values[worst]) < 1 - 1e-9:
+            return
+        # symbols on the cycle weigh in both: they are reached from it, and it is reached from them
+        _, left = np.linalg.eig(growth.T)
+        left = left[:, np.abs(np.linalg.eigvals(growth.T)).argmax()]
+        on_cycle = np.abs(right[:, worst] * left) > 1e-9
+        grows = [sum(r.p * on_cycle[names.index(s)] for s in r.rhs if s in names) for r in self.rules]
+        rule = max(
+            (pair for pair in zip(grows, self.rules) if on_cycle[names.index(pair[1].lhs)]), key=lambda pair: pair[0]
+        )[1]
+        check(False, "rule", rule, "rules with a finite expected length; this one is on a cycle that outgrows itself")
 
 # %% ../nbs/00_grammar.ipynb #50e9eb22
 PAPER_GRAMMAR = Grammar.parse(FIG14)
@@ -152,12 +156,21 @@ def _tables(grammar: Grammar, cap: int) -> dict[str, list[tuple[tuple[str, ...],
     "For each symbol the strings it can become and their probabilities, substituted as deep as `cap` cells allow."
     tables = {}
     for symbol in _children_first(grammar):
-        rules = [(r.rhs, r.p) for r in grammar.by_lhs[symbol]]
-        options = [[tables.get(s, [((s,), 1.0)]) for s in rhs] for rhs, _ in rules]
-        rows = sum(math.prod(map(len, parts)) for parts in options)
-        longest = max(sum(max(len(row) for row, _ in part) for part in parts) for parts in options)
-        tables[symbol] = list(_substitute(rules, tables)) if rows * longest <= cap else rules
+        rows = [(r.rhs, r.p) for r in grammar.by_lhs[symbol]]
+        if _cells(rows, tables) <= cap:
+            rows = list(_substitute(rows, tables))
+        itself = {symbol: rows}
+        while any(symbol in row for row, _ in rows) and _cells(rows, itself) <= cap:
+            rows = list(_substitute(rows, itself))
+        tables[symbol] = rows
     return {symbol: tables[symbol] for symbol in grammar.by_lhs}
+
+
+def _cells(rows, tables) -> int:
+    "At most how many symbols `_substitute` would write."
+    options = [[tables.get(s, [((s,), 1.0)]) for s in row] for row, _ in rows]
+    longest = max(sum(max(len(row) for row, _ in part) for part in parts) for parts in options)
+    return longest * sum(math.prod(map(len, parts)) for parts in options)
 
 
 def _substitute(rules, tables) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -193,7 +206,7 @@ class Sampler:
         symbols = (*grammar.terminals, *grammar.by_lhs)
         check(len(symbols) < 128, "grammar", f"{len(symbols)} symbols", "at most 127 symbols and terminals")
         ids = {s: i for i, s in enumerate(symbols)}
-        tables = [_tables(grammar, cap)[s] for s in grammar.by_lhs]
+        tables = list(_tables(grammar, cap).values())
         rows = [row for table in tables for row, _ in table]
         self._start, self._n_terminals = ids[grammar.start], len(grammar.terminals)
         self._flat = np.array([ids[s] for row in rows for s in row], np.int8)
@@ -208,9 +221,18 @@ class Sampler:
         rng: np.random.Generator,  # where chance comes from
     ) -> tuple[np.ndarray, np.ndarray]:
         "`n` whole strings: their tokens end to end, shape (total,), and their lengths, shape (n,)."
-        tokens, owner = np.full(n, self._start, np.int8), np.arange(n)
-        while (tokens >= self._n_terminals).any():
+        tokens, owner, done = np.full(n, self._start, np.int8), np.arange(n), []
+        while (open_ := tokens >= self._n_terminals).any():
+            # what is finished is set aside: few strings of a recursive grammar grow long
+            growing = np.bincount(owner[open_], minlength=n).astype(bool)[owner]
+            if not growing.all():
+                done.append((tokens[~growing], owner[~growing]))
+                tokens, owner = tokens[growing], owner[growing]
             tokens, owner = self._expand(tokens, owner, rng)
+        if done:
+            tokens, owner = (np.concatenate([d[i] for d in done] + [last]) for i, last in enumerate((tokens, owner)))
+            order = owner.argsort(kind="stable")
+            tokens, owner = tokens[order], owner[order]
         return tokens, np.bincount(owner, minlength=n)
 
     def _expand(self, tokens, owner, rng):

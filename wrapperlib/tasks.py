@@ -8,6 +8,7 @@ __all__ = ['FAMILIES', 'PROMPT', 'TAIL', 'PRIORS', 'Domain', 'answers', 'rows', 
 
 # %% ../nbs/01_tasks.ipynb #a3fda8e2
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -33,9 +34,19 @@ class Domain:
     nth: int = 6  # O' of I and IC
 
     def __post_init__(self):
+        for name in ("length", "window", "nth"):
+            check(isinstance(getattr(self, name), int), name, getattr(self, name), "whole numbers")
         check(self.length >= 2, "length", self.length, "at least 2")
         check(2 <= self.window <= self.length, "window", self.window, f"2 to the text's length ({self.length})")
         check(1 <= self.nth <= self.length, "nth", self.nth, f"1 to the text's length ({self.length})")
+        twice = " ".join(token for token, n in Counter(self.vocabulary).items() if n > 1)
+        letters = " ".join(self.grammar.terminals)
+        check(
+            not twice,
+            "terminals",
+            letters,
+            f"letters whose tokens differ from all others ({twice} would mean two things)",
+        )
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -155,6 +166,7 @@ class Natural:
         letters, p = self.domain.grammar.terminals, np.array(self.prior, float)
         check(len(p) == len(letters), "prior", self.prior, f"one probability for each of {' '.join(letters)}")
         check((p >= 0).all() and abs(p.sum() - 1) < 1e-9, "prior", self.prior, "probabilities that sum to 1")
+        object.__setattr__(self, "prior", tuple(p.tolist()))  # 1 and 1.0 are the same data
         known = self.families and all(f in FAMILIES for f in self.families)
         check(known, "families", self.families, "some of " + ", ".join(FAMILIES))
 
@@ -205,27 +217,14 @@ def label_law(
     k = np.arange(w)
     shown = np.stack([p[0][k], p[1][k + 1], np.where(2 * k + 1 <= w, p[2][w - 2 * k - 1], 0)])
     possible = shown.min(0) >= 0.005
+    m = possible.sum()
     check(
-        possible.sum() >= 3,
+        m >= 3,
         "window",
         w,
         f"one in which natural strings show at least three counts of {opt} that fit a count of {oft} one larger",
     )
-    for power in (
-        1 / 6,
-        1 / 12,
-        1 / 24,
-        0,
-    ):  # a label of half of all strings or more would leave no joint law without the correlation
-        law = np.where(possible, shown.prod(0) ** power, 0)
-        law /= law.sum()
-        if law.max() < 0.49:
-            break
-    joint = np.outer(law, law) * (1 - np.eye(w))
-    for _ in range(500):
-        joint *= (law / np.maximum(joint.sum(1), 1e-12))[:, None]
-        joint *= law / np.maximum(joint.sum(0), 1e-12)
-    return law, joint / joint.sum()
+    return possible / m, (np.outer(possible, possible) & ~np.eye(w, dtype=bool)) / (m * (m - 1))
 
 # %% ../nbs/01_tasks.ipynb #85147cf8
 def recount(
@@ -234,7 +233,9 @@ def recount(
     filler: int,  # the letter that gives and takes
     rng: np.random.Generator,  # chooses the places
 ) -> np.ndarray:
-    "A copy in which the letters occur as often as asked, with as few changes as possible."
+    "A copy in which the letters occur as often as asked; raises `BadInput` if a row has no room for that."
+    total = np.max(sum(counts.values()), initial=0)
+    check(total <= window.shape[1], "counts", int(total), f"at most {window.shape[1]} in all")
     window = window.copy()
     for direction in (-1, 1):  # first give surplus back to the filler, so that there is always enough to take from
         for letter, wanted in counts.items():
@@ -260,6 +261,7 @@ class Edited:
 
     def __post_init__(self):
         check(isinstance(self.c, (int, float)) and 0 <= self.c <= 1, "c", self.c, "a probability, 0 to 1")
+        object.__setattr__(self, "c", float(self.c))  # 1 and 1.0 are the same data
         check(self.opt != self.oft, "oft", self.oft, "another letter than opt")
         check(
             len(self.domain.grammar.terminals) >= 3,

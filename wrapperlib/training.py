@@ -38,8 +38,10 @@ class Recipe:
 
     def __post_init__(self):
         for name, ok, allowed in (
-            ("steps", self.steps >= 1, "whole numbers from 1"),
-            ("batch", self.batch >= 1, "whole numbers from 1"),
+            ("steps", isinstance(self.steps, int) and self.steps >= 1, "whole numbers from 1"),
+            ("batch", isinstance(self.batch, int) and self.batch >= 1, "whole numbers from 1"),
+            ("betas", all(0 <= b < 1 for b in self.betas), "numbers from 0 to below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "numbers from 0"),
             ("lr", 0 < self.lr < math.inf, "numbers above 0"),
             ("warmup", 0 <= self.warmup < 1, "0 to below 1"),
             ("floor", 0 <= self.floor <= 1, "0 to 1"),
@@ -68,6 +70,11 @@ def rate(
     return recipe.lr * (recipe.floor + (1 - recipe.floor) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
 
 # %% ../nbs/03_training.ipynb #c994e689
+def _autocast(device: torch.device):
+    "On CUDA matrix products are computed in bfloat16; weights, gradients and the optimiser stay in float32."
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
 def loss_of(
     model: nn.Module,  # a GPT
     ids: Tensor,  # samples, shape (n, row_length)
@@ -90,6 +97,9 @@ class Measure:
     c_te: float | None = None  # the stream's share of strings with the spurious correlation, if it has one
     n: int = 512  # samples
 
+    def __post_init__(self):
+        check(isinstance(self.n, int) and self.n >= 1, "n", self.n, "whole numbers from 1")
+
     def samples(self) -> Tensor:
         "The test samples, the same for every run: shape (n, row_length)."
         return torch.from_numpy(self.stream.batch(self.n, seed=0, step=0, split="test"))
@@ -102,7 +112,8 @@ def accuracy(
     batch: int = 512,  # samples at once
 ) -> float:
     "Share of samples whose answer token is the model's first choice."
-    right = [(model(part[:, :-2], last=True).argmax(-1) == part[:, -2]).sum() for part in ids.split(batch)]
+    with _autocast(ids.device):
+        right = [(model(part[:, :-2], last=True).argmax(-1) == part[:, -2]).sum() for part in ids.split(batch)]
     return sum(right).item() / len(ids)
 
 
@@ -132,10 +143,6 @@ def pick_device(
         "auto or one that is there: " + ", ".join(there),
     )
     return ("cuda" if "cuda" in there else "cpu") if value == "auto" else value
-
-
-def _autocast(device: torch.device):
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def _batches(stream, recipe: Recipe, seed, first: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -190,21 +197,21 @@ def train(
     run = torch.compile(model) if device.type == "cuda" else model
     tests = [(m, m.samples().to(device)) for m in measures]
     measured_at, saved, bad = set(log_spaced(recipe.steps)), time.monotonic(), torch.full((), -1, device=device)
-    with _autocast(device):
-        if not resume:
-            log += _measured(run, tests, 0)
-        for step, ids in _batches(stream, recipe, seed, first, device):
-            loss = _step(run, optimiser, ids, recipe, step)
-            bad = torch.where((bad < 0) & ~torch.isfinite(loss), step, bad)
-            if device.type == "cpu" or step % 50 == 0 or step + 1 in measured_at:
-                _stop_if(bad, recipe)
-            if step + 1 in measured_at:
-                log += _measured(run, tests, step + 1, loss)
-            if report:
-                report(step + 1)
-            if save and step + 1 < recipe.steps and time.monotonic() - saved >= save_every:
-                save(_checkpoint(model, optimiser, step + 1, log))
-                saved = time.monotonic()
+    if not resume:
+        log += _measured(run, tests, 0)
+    for step, ids in _batches(stream, recipe, seed, first, device):
+        loss = _step(run, optimiser, ids, recipe, step)
+        bad = torch.where((bad < 0) & ~torch.isfinite(loss), step, bad)
+        due = save and step + 1 < recipe.steps and time.monotonic() - saved >= save_every
+        if device.type == "cpu" or step % 50 == 0 or step + 1 in measured_at or due:
+            _stop_if(bad, recipe)
+        if step + 1 in measured_at:
+            log += _measured(run, tests, step + 1, loss)
+        if report:
+            report(step + 1)
+        if due:
+            save(_checkpoint(model, optimiser, step + 1, log))
+            saved = time.monotonic()
     model.eval()
     return log
 
@@ -220,7 +227,8 @@ def _step(model, optimiser, ids, recipe, step) -> Tensor:
     for group in optimiser.param_groups:
         group["lr"] = rate(recipe, step)
     optimiser.zero_grad(set_to_none=True)
-    loss = loss_of(model, ids, recipe)
+    with _autocast(ids.device):  # left before the weights change: it keeps the copies it has cast until then
+        loss = loss_of(model, ids, recipe)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimiser.step()
@@ -278,7 +286,7 @@ def seconds_per_step(
 
     def stamp(done):
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         done_at.append(time.perf_counter())
 
     torch.set_num_threads(1)  # as a run has it
