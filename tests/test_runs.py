@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,19 +12,22 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from wrapperlib import runs
 from wrapperlib.checks import BadInput
 from wrapperlib.model import Shape
 from wrapperlib.runs import Run, Store, address, describe, publish, train_all, train_run, write_whole
 from wrapperlib.tasks import one_task
-from wrapperlib.training import Measure, Recipe
+from wrapperlib.training import Measure, NotFinite, Recipe
 
 
 def a_run(domain, steps=30, seed=0, **changes):
     stream = one_task(domain, "C", "a")
     recipe = Recipe(steps=steps, lr=3e-3, batch=16, sequence=0.0, answer=1.0)
-    return replace(Run(stream, recipe, Shape(2, 2, 16), seed, (Measure("acc", stream, n=32),), name="a run"), **changes)
+    return replace(
+        Run(stream, recipe, Shape(2, 2, 16), seed, measures=(Measure("acc", stream, n=32),), name="a run"), **changes
+    )
 
 
 def contents(store, run):
@@ -101,7 +105,9 @@ from tests.test_runs import a_run
 from wrapperlib.runs import Store, train_run
 from wrapperlib.tasks import Domain
 print("ready", flush=True)
-train_run(Store(sys.argv[1]), a_run(Domain(length=24, window=16, nth=2), steps=int(sys.argv[2])), save_every=0)
+said = []
+report = lambda step: step and not said and (said.append(1), print("steps", flush=True))
+train_run(Store(sys.argv[1]), a_run(Domain(length=24, window=16, nth=2), steps=int(sys.argv[2])), report=report, save_every=0)
 """
 
 
@@ -124,13 +130,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(repo, tmp_path):
     for wanted in (10, 60, 110):  # kill three times, each later than the one before
         process = start(repo, store, steps)
         deadline = time.monotonic() + 120
-        while not (store.partial(run).exists() and store.checkpoint(run).step >= wanted):
+        while not (store.partial(run).exists() and store.checkpoint(run)[0].step >= wanted):
             assert time.monotonic() < deadline and process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not store.finished(run)
-        resumed.append(store.checkpoint(run).step)
+        resumed.append(store.checkpoint(run)[0].step)
     assert resumed == sorted(resumed) and resumed[0] >= 10
     train_run(store, run)
     assert store.meta(run)["resumed_at"] == resumed[-1]
@@ -143,12 +149,81 @@ def test_two_processes_on_one_store(repo, tmp_path):
 
     store, steps = Store(tmp_path / "shared"), 60
     both = [start(repo, store, steps) for _ in range(2)]
-    assert [p.wait(timeout=180) for p in both] == [0, 0]
+    said = [p.communicate(timeout=180)[0].decode() for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sorted("steps" in text for text in said) == [False, True]  # one trained, the other waited and found it done
     run = a_run(Domain(length=24, window=16, nth=2), steps=steps)
     store.verify(run)
     alone = Store(tmp_path / "alone")
     train_run(alone, run)
     assert contents(store, run) == contents(alone, run)
+
+
+MANY = """
+import sys
+from tests.test_runs import a_run
+from wrapperlib.runs import Store, train_all
+from wrapperlib.tasks import Domain
+if __name__ == "__main__":
+    domain = Domain(length=24, window=16, nth=2)
+    train_all(Store(sys.argv[1]), [a_run(domain, steps=int(sys.argv[2]), seed=s) for s in (0, 1)], workers=2)
+"""
+
+
+def alive(pid):
+    try:
+        return "Z" not in (pathlib.Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
+def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(repo, tmp_path):
+    script = tmp_path / "many.py"
+    script.write_text(MANY)
+    store = Store(tmp_path / "runs")
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(store.root), "100000"],
+        cwd=repo,
+        env=os.environ | {"PYTHONPATH": str(repo)},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(store.root.glob("locks/*"))) < 2:
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    tasks = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(tasks) >= 2
+    parent.kill()
+    parent.wait()
+    while any(map(alive, tasks)):
+        assert time.monotonic() < deadline, "workers outlive the process that started them"
+        time.sleep(0.1)
+
+
+def test_a_run_that_fails_says_which(store, domain):
+    def broken(name, **changes):
+        run = a_run(domain, steps=5, name=name, **changes)
+        return replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+
+    with pytest.raises(NotFinite, match="the broken one: the loss of step"):
+        train_all(store, [broken("the broken one")], workers=1, quiet=True)
+    runs_ = [broken("the broken one"), a_run(domain, steps=5, seed=1)]
+    with pytest.raises(NotFinite, match="the broken one: the loss of step"):
+        train_all(store, runs_, workers=2, quiet=True)
+    assert not store.finished(runs_[0])
+
+
+def test_who_waits_for_another_can_be_stopped(store, domain):
+    run = a_run(domain, steps=5)
+
+    def stop(step):
+        raise runs.Stopped
+
+    (store.root / "locks").mkdir(parents=True)
+    with FileLock(store.root / "locks" / f"{address(run)}.lock"), pytest.raises(runs.Stopped):
+        train_run(store, run, report=stop)
+    assert not store.finished(run)
 
 
 def damage(path, how):
@@ -166,8 +241,6 @@ def damage(path, how):
 @pytest.mark.parametrize("name", ["weights.safetensors", "log.csv", "run.json"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "pickle"])
 def test_damaged_files_are_refused_before_training_and_left_alone(store, domain, name, how):
-    if (name, how) == ("run.json", "flipped"):
-        how = "truncated"
     run = a_run(domain, steps=3)
     train_run(store, run)
     damage(store.path(run) / name, how)
@@ -190,15 +263,22 @@ def test_a_missing_file_and_a_record_of_another_run_are_refused(store, domain):
         store.verify(other)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "pickle"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "pickle", "flipped", "another run's"])
 def test_a_damaged_checkpoint_is_refused(store, domain, how):
     run, kept = a_run(domain, steps=10), []
     model = run.fresh_model()
     runs.train(model, run.stream, run.recipe, save=kept.append, save_every=0)
-    store.save_partial(run, kept[4])
-    assert store.why(run) == "goes on from its checkpoint"
-    damage(store.partial(run), how)
-    with pytest.raises(BadInput, match="checkpoint; this one cannot be read"):
+    facts = dict(seconds=1.5, devices=["cpu"])
+    store.save_partial(run, kept[4], facts)
+    progress, before = store.checkpoint(run)
+    assert (progress.step, before) == (5, facts) and store.why(run) == "goes on from its checkpoint"
+    if how == "another run's":
+        other = a_run(domain, steps=11)
+        store.save_partial(other, kept[5], facts)
+        store.partial(run).write_bytes(store.partial(other).read_bytes())
+    else:
+        damage(store.partial(run), how)
+    with pytest.raises(BadInput, match="this run's checkpoint, undamaged"):
         train_all(store, [run], workers=1, quiet=True)
     assert store.partial(run).exists()
 
@@ -226,12 +306,29 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_results_of_other_parameters_are_kept(tmp_path):
+def about(**parameters):
+    return dict(parameters=parameters, made="2024-01-01T00:00:00Z")
+
+
+def test_the_same_results_are_written_again_and_different_ones_are_kept(tmp_path):
     table = pd.DataFrame(dict(value=[1.0]))
-    publish(tmp_path, table, {}, dict(parameters=dict(seeds=3), made="2024-01-01T00:00:00Z"), [])
-    old = (tmp_path / "results.csv").read_text()
-    publish(tmp_path, table, {}, dict(parameters=dict(seeds=3), made="2024-01-02T00:00:00Z"), [])
+    publish(tmp_path, table, {}, about(seeds=3), [])
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "executed.ipynb").write_text('{"metadata": {"papermill": {"end_time": "2024"}}}')
+    (tmp_path / "running.ipynb").write_text('{"metadata": {"papermill": {"end_time": null}}}')
+    publish(tmp_path, table, {}, about(seeds=3), [])
     assert not (tmp_path / "earlier").exists()
-    publish(tmp_path, table * 2, {}, dict(parameters=dict(seeds=1), made="2024-01-03T00:00:00Z"), [])
+    old = (tmp_path / "results.csv").read_text()
+    publish(tmp_path, table * 2, {}, about(seeds=3), None)  # other numbers, and one file less
     [kept] = (tmp_path / "earlier").iterdir()
+    assert {p.name for p in kept.iterdir()} == {"results.csv", "claims.json", "provenance.json", "executed.ipynb"}
     assert (kept / "results.csv").read_text() == old and (tmp_path / "results.csv").read_text() != old
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "executed.ipynb").exists()
+
+
+@pytest.mark.parametrize("name", ["results.csv", "provenance.json"])
+def test_a_file_of_somebody_elses_is_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    publish(tmp_path, pd.DataFrame(dict(value=[1.0])), {}, about(), [])
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert (kept / name).read_text() == "mine" and "mine" not in (tmp_path / name).read_text()

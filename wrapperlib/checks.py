@@ -8,7 +8,7 @@ __all__ = ['Rule', 'BadInput', 'check', 'one_of', 'whole', 'writable', 'paramete
 # %% ../nbs/00_checks.ipynb #39cce43b
 import difflib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,16 +78,18 @@ def writable(
 
 # %% ../nbs/00_checks.ipynb #d3d17334
 _NOT_PARAMETERS = {"In", "Out", "exit", "quit"}
+_CHECKED = "_parameters_checked"
 
 
 def parameters(
-    namespace: Mapping[str, Any],  # the notebook's `globals()`, right after its parameters cell
+    namespace: MutableMapping[str, Any],  # the notebook's `globals()`, right after its parameters cell
     **rules: Rule,  # one for each parameter the notebook has
 ) -> SimpleNamespace:
-    """The checked parameters of a notebook.
+    """The checked parameters of a notebook, whose imports stand *above* its parameters.
 
     Any plain value (text, number, list, …) among the notebook's names counts as given: at that point a notebook has imported
-    modules and functions, and nothing else has a plain value. Raises `BadInput` for an unknown name or a value its rule refuses.
+    modules and functions, and nothing else has a plain value. Where cells are run again by hand, other names have come since, and only
+    the values are checked. Folders are made last: a refused value leaves no trace. Raises `BadInput` for an unknown name or a value its rule refuses.
     """
     plain = str, int, float, list, tuple, dict, type(None)
     given = {
@@ -95,8 +97,11 @@ def parameters(
         for name, value in namespace.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in _NOT_PARAMETERS
     }
-    for name in given:
+    for name in given if _CHECKED not in namespace else ():
         like = difflib.get_close_matches(name, rules, 1)
         hint = f" (did you mean {like[0]}?)" if like else ""
         check(name in rules, "parameter name", name, ", ".join(rules) + hint)
-    return SimpleNamespace(**{name: rule(name, given[name]) for name, rule in rules.items()})
+    in_order = sorted(rules, key=lambda name: rules[name] is writable)
+    found = {name: rules[name](name, given.get(name)) for name in in_order}
+    namespace[_CHECKED] = True
+    return SimpleNamespace(**{name: found[name] for name in rules})

@@ -15,16 +15,18 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,15 +35,15 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
 from .checks import BadInput, check
 from .model import GPT, Shape
-from .training import Measure, Progress, Recipe, train
+from .training import Measure, NotFinite, Progress, Recipe, train
 
 # %% ../nbs/04_runs.ipynb #ec535c9f
 @dataclass(frozen=True)
@@ -51,15 +53,11 @@ class Run:
     stream: object  # what it is trained on
     recipe: Recipe  # how
     shape: Shape  # of the model
-    seed: int = 0  # of the initial weights and of the batches
+    seed: int = 0  # of the initial weights and, with `data`, of the batches
+    data: int = 0  # runs with the same stream, seed and data are trained on the same batches
     measures: tuple[Measure, ...] = ()  # what is measured on the way
     start: "Run | None" = None  # the run whose weights it starts from
     name: str = field(default="", compare=False)  # shown while it trains
-
-    @property
-    def generation(self) -> int:
-        "How many runs came before it; batches of different generations share no strings."
-        return 0 if self.start is None else self.start.generation + 1
 
     @property
     def lineage(self) -> list["Run"]:
@@ -156,7 +154,7 @@ class Store:
 
     def partial(self, run: Run) -> Path:
         "Where the unfinished run's checkpoint lies."
-        return self.root / "partial" / f"{address(run)}.safetensors"
+        return self.root / "partial" / f"{address(run)}.checkpoint"
 
     def finished(self, run: Run) -> bool:
         "Whether the run is there."
@@ -167,38 +165,23 @@ class Store:
         run: Run,  # a run, finished, unfinished or not begun
     ) -> None:
         "Raise `BadInput` if what lies at the run's address cannot be trusted."
-        if self.finished(run):
-            meta = self.meta(run)
-            for name in FILES:
-                path = self.path(run) / name
-                whole = path.is_file() and _digest(path.read_bytes(), 64) == meta["files"].get(name)
-                check(
-                    whole,
-                    "file in the store",
-                    path,
-                    "the file as the run left it; this one is damaged, remove its folder to train again",
-                )
-        elif self.partial(run).exists():
+        if not self.finished(run):
             self.checkpoint(run)
+            return
+        meta = self.meta(run)
+        for name in FILES:
+            path = self.path(run) / name
+            whole = path.is_file() and _digest(path.read_bytes(), 64) == meta["files"][name]
+            check(whole, "file in the store", path, "the file as the run left it; remove its folder to train again")
 
     def meta(self, run: Run) -> dict:
         "What `run.json` says of a finished run."
         path = self.path(run) / "run.json"
-        try:
-            meta = json.loads(path.read_text())
-            check(
-                meta["config"] == describe(run),
-                "file in the store",
-                path,
-                "the record of the run that its folder is named after",
-            )
-            return meta
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            if isinstance(e, BadInput):
-                raise
-            raise BadInput(
-                f"file in the store is {path}; allowed: a run's record; this one cannot be read, remove its folder to train again"
-            ) from None
+        meta = _record(path)
+        check(meta, "file in the store", path, "a run's record, undamaged; remove its folder to train again")
+        ours = meta["config"] == describe(run)
+        check(ours, "file in the store", path, "the record of the run that its folder is named after")
+        return meta
 
     def log(self, run: Run) -> pd.DataFrame:
         "The finished run's measurements: columns step, metric, c_te, value."
@@ -208,7 +191,7 @@ class Store:
         "The finished run's model, on the CPU."
         self.verify(run)
         model = run.fresh_model()
-        model.load_state_dict(load_file(self.path(run) / FILES[0]))
+        model.load_state_dict(from_bytes((self.path(run) / FILES[0]).read_bytes()))
         return model.eval()
 
     def put(
@@ -224,6 +207,7 @@ class Store:
         contents = dict(zip(FILES, (to_bytes(weights), table.encode())))
         record = dict(name=run.name, config=describe(run), sources=source_digests(), **facts)
         record["files"] = {name: _digest(data, 64) for name, data in contents.items()}
+        record["checksum"] = _checksum(record)
         temporary = self.root / f".{address(run)}.{uuid.uuid4().hex[:8]}"
         for name, data in (*contents.items(), ("run.json", json.dumps(record, indent=1))):
             write_whole(temporary / name, data)
@@ -235,21 +219,34 @@ class Store:
                 raise
         self.partial(run).unlink(missing_ok=True)
 
-    def save_partial(self, run: Run, progress: Progress) -> None:
-        "Keep a checkpoint in place of the one before."
-        about = {"step": str(progress.step), "log": json.dumps(progress.log)}
-        write_whole(self.partial(run), to_bytes(progress.tensors, about))
+    def save_partial(
+        self,
+        run: Run,  # the run that goes on
+        progress: Progress,  # where it stands
+        facts: dict,  # seconds and devices so far
+    ) -> None:
+        "Keep a checkpoint in place of the one before: a digest of the rest, a line of JSON, and the tensors as safetensors."
+        about = json.dumps(dict(run=address(run), step=progress.step, log=progress.log, facts=facts))
+        rest = about.encode() + b"\n" + to_bytes(progress.tensors)
+        write_whole(self.partial(run), _digest(rest, 64).encode() + b"\n" + rest)
 
-    def checkpoint(self, run: Run) -> Progress:
-        "The unfinished run's checkpoint."
+    def checkpoint(
+        self,
+        run: Run,  # a run
+    ) -> tuple[Progress | None, dict]:
+        "Where the unfinished run stands and what it has used so far; None and nothing if there is no checkpoint."
         try:
-            with safe_open(self.partial(run), "pt") as file:
-                about = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            return Progress(int(about["step"]), tensors, json.loads(about["log"]))
+            digest, rest = self.partial(run).read_bytes().split(b"\n", 1)
+            about, tensors = rest.split(b"\n", 1)
+            about = json.loads(about)
+            if digest.decode() != _digest(rest, 64) or about["run"] != address(run):
+                raise ValueError
+            return Progress(about["step"], from_bytes(tensors), about["log"]), about["facts"]
+        except FileNotFoundError:
+            return None, {}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             raise BadInput(
-                f"file in the store is {self.partial(run)}; allowed: a checkpoint; this one cannot be read, remove it to begin that run again"
+                f"file in the store is {self.partial(run)}; allowed: this run's checkpoint, undamaged; remove the file to begin that run again"
             ) from None
 
     def why(
@@ -260,20 +257,27 @@ class Store:
         if self.partial(run).exists():
             return "goes on from its checkpoint"
         config, _, _ = address(run).partition("-")
-        for path in sorted(self.root.glob(f"{config}-*/run.json")):
-            changed = [s for s, d in json.loads(path.read_text())["sources"].items() if source_digests().get(s) != d]
+        for record in filter(None, map(_record, sorted(self.root.glob(f"{config}-*/run.json")))):
+            changed = [s for s, d in source_digests().items() if record["sources"].get(s) != d]
             return "source changed: " + ", ".join(changed)
-        nearest = min((_differences(describe(run), other) for other in self._configs()), key=len, default=None)
+        others = filter(None, map(_record, self.root.glob("*-*/run.json")))
+        nearest = min((_differences(describe(run), other["config"]) for other in others), key=len, default=None)
         if nearest is None or len(nearest) > 3:
             return "new"
         return "differs in " + ", ".join(nearest)
 
-    def _configs(self) -> Iterable[dict]:
-        for path in self.root.glob("*-*/run.json"):
-            try:
-                yield json.loads(path.read_text())["config"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not ours; verify() complains if it lies where a run of ours belongs
+
+def _checksum(record: dict) -> str:
+    return _digest(json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True).encode(), 64)
+
+
+def _record(path: Path) -> dict | None:
+    "What a `run.json` says; None if it cannot be trusted."
+    try:
+        record = json.loads(path.read_text())
+        return record if record["checksum"] == _checksum(record) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _differences(ours: object, theirs: object, name: str = "") -> list[str]:
@@ -295,40 +299,65 @@ def train_run(
     report: Callable[[int], None] | None = None,  # called with the number of steps done
     save_every: float = 20.0,  # seconds between checkpoints
 ) -> None:
-    "Train a run, going on from its checkpoint if there is one, unless it is there already."
-    (store.root / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(store.root / "locks" / f"{address(run)}.lock"):
+    "Train a run, going on from its checkpoint if there is one, unless it is there already. Raises `NotFinite` naming run and step."
+    with _lock(store, run, report):
         if store.finished(run):
             return
-        began = time.perf_counter()
         model = store.model(run.start) if run.start else run.fresh_model()
-        resume = store.checkpoint(run) if store.partial(run).exists() else None
-        threads, seed = torch.get_num_threads(), (run.seed, run.generation)
-        # a sum's rounding depends on the number of threads; with one, results never depend on the cores
-        torch.set_num_threads(1)
-        try:
-            log = train(
-                model,
-                run.stream,
-                run.recipe,
-                seed,
-                run.measures,
-                device,
-                resume,
-                lambda progress: store.save_partial(run, progress),
-                save_every,
-                report,
-            )
-        finally:
-            torch.set_num_threads(threads)
-        facts = dict(
-            device=device,
-            seconds=round(time.perf_counter() - began, 2),
-            resumed_at=resume.step if resume else None,
-            versions=versions("torch", "numpy"),
-            finished=now(),
-        )
+        resume, before = store.checkpoint(run)
+        began = time.perf_counter()
+
+        def used():
+            seconds = round(before.get("seconds", 0) + time.perf_counter() - began, 2)
+            return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
+
+        with _one_thread():
+            try:
+                log = train(
+                    model,
+                    run.stream,
+                    run.recipe,
+                    (run.seed, run.data),
+                    run.measures,
+                    device,
+                    resume,
+                    lambda progress: store.save_partial(run, progress, used()),
+                    save_every,
+                    report,
+                )
+            except NotFinite as e:
+                raise NotFinite(f"{run.name or address(run)}: {e}") from None
+        resumed_at = resume.step if resume else None
+        facts = dict(used(), resumed_at=resumed_at, versions=versions("torch", "numpy"), finished=now())
         store.put(run, model, log, facts)
+
+
+@contextmanager
+def _lock(store: Store, run: Run, report):
+    "Hold the run's lock; whoever waits for it still reports now and then, and so can be told to stop."
+    (store.root / "locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(store.root / "locks" / f"{address(run)}.lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if report:
+                report(0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _one_thread():
+    "A sum's rounding depends on the number of threads; with one, results never depend on the cores."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def now() -> str:
@@ -409,8 +438,8 @@ def train_all(
     workers: int = 0,  # processes side by side; 0: one a core, on a GPU one
     quiet: bool = False,  # show nothing
 ) -> dict:
-    """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and the seconds
-    that all these runs took, whenever that was.
+    """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
+    runs whenever they were trained, the seconds they took and the devices they were trained on.
 
     Raises `BadInput` before any training if a file in the store cannot be trusted, and the error of a run that fails;
     runs that had finished by then stay.
@@ -419,14 +448,16 @@ def train_all(
     for run in wanted:
         store.verify(run)
     missing = [r for r in wanted if not store.finished(r)]
-    summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0, seconds_in_runs=0.0)
+    summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
         for reason, group in _grouped((store.why(r), r.name) for r in missing).items():
             print(f"  {len(group)} × {reason}")
     if missing:
         summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet)
-    summary["seconds_in_runs"] = round(sum(store.meta(run)["seconds"] for run in wanted), 1)
+    records = [store.meta(run) for run in wanted]
+    summary["seconds_in_runs"] = round(sum(record["seconds"] for record in records), 1)
+    summary["devices"] = sorted({device for record in records for device in record["devices"]})
     return summary
 
 
@@ -469,8 +500,17 @@ _worker = {}
 
 
 def _begin_worker(queue, stop, parent):
-    torch.set_num_threads(1)
-    _worker.update(queue=queue, stop=stop, parent=parent)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all of a terminal's processes; the parent says what to do
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _worker.update(queue=queue, stop=stop)
+
+
+def _leave_with(parent: int):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)  # what is half written has another name; the next process goes on from the checkpoint
 
 
 def _train_in_worker(root: Path, run: Run, key: int, device: str) -> tuple[int, int]:
@@ -479,7 +519,7 @@ def _train_in_worker(root: Path, run: Run, key: int, device: str) -> tuple[int, 
 
     def report(step):
         nonlocal said
-        if _worker["stop"].is_set() or os.getppid() != _worker["parent"]:
+        if _worker["stop"].is_set():
             raise Stopped(run.name)
         if time.monotonic() - said > 0.5:
             _worker["queue"].put((key, step))
@@ -520,7 +560,8 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
                 line.show(done(), ", ".join(run.name for run in futures.values()))
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process was killed (out of memory?); finished runs and checkpoints are kept, run again to go on"
+            "a worker process ended before its time: killed (out of memory?), or this is a script that lacks "
+            "`if __name__ == '__main__':`. Finished runs and checkpoints are kept, run again to go on"
         ) from None
     finally:
         stop.set()
@@ -549,7 +590,7 @@ def commit() -> dict:
     if not tracked:
         return dict(commit=None, dirty=None)
     changed = _git("status", "--porcelain", "--", *(f"{root}/{d}" for d in ("nbs", "wrapperlib", "settings.ini")))
-    return dict(commit=_git("rev-parse", "HEAD"), dirty=bool(changed))
+    return dict(commit=_git("rev-parse", "HEAD"), dirty=None if changed is None else bool(changed))
 
 
 def provenance(
@@ -594,27 +635,37 @@ def publish(
                 figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
             contents[f"{name}.{kind}"] = buffer.getvalue()
     folder = Path(folder)
-    _keep_earlier(folder, about["parameters"])
+    _keep_earlier(folder, contents)
     about = about | {"files": {name: _digest(data, 64) for name, data in contents.items()}}
     for name, data in (*contents.items(), ("provenance.json", json.dumps(about, indent=1) + "\n")):
         write_whole(folder / name, data)
     return [folder / name for name in (*contents, "provenance.json")]
 
 
-def _keep_earlier(folder: Path, parameters: dict) -> None:
-    "Move results that were made with other parameters out of the way."
+def _keep_earlier(folder: Path, contents: dict[str, bytes]) -> None:
+    "Move what an earlier run left out of the way, unless the same is written again."
     try:
-        old = json.loads((folder / "provenance.json").read_text())
-        same, made = old["parameters"] == parameters, str(old["made"])
+        listed = set(json.loads((folder / "provenance.json").read_text())["files"])
     except FileNotFoundError:
-        return
+        listed = set()
     except (ValueError, KeyError, TypeError):
-        same, made = False, "unreadable"
-    if same:
+        listed = None  # somebody else's file
+    there = {name: folder / name for name in contents if (folder / name).is_file()}
+    if listed is not None and all(path.read_bytes() == contents[name] for name, path in there.items()):
         return
-    place = folder / "earlier" / f"{re.sub('[^0-9A-Za-z]', '', made)}-{uuid.uuid4().hex[:4]}"
+    place = folder / "earlier" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
     place.mkdir(parents=True)
-    for path in folder.iterdir():
-        if path.is_file() and path.suffix != ".ipynb":  # the executed copy is papermill's
-            path.rename(place / path.name)
-    print(f"results made with other parameters were kept in {place}")
+    for name in {*contents, *(Path(name).name for name in listed or ()), "provenance.json"}:
+        if (folder / name).is_file():
+            (folder / name).rename(place / name)
+    for notebook in filter(_executed, folder.glob("*.ipynb")):
+        shutil.copy2(notebook, place)
+    print(f"the results that were here are kept in {place}")
+
+
+def _executed(notebook: Path) -> bool:
+    "Whether papermill has ended with it; the one that runs right now is no earlier result."
+    try:
+        return bool(json.loads(notebook.read_text())["metadata"]["papermill"]["end_time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
