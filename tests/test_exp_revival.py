@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import REPO
+from wrapperlib.claims import REVIVAL_CLAIMS
 
 NOTEBOOK = REPO / "nbs" / "exp_revival.ipynb"
 
@@ -68,7 +69,7 @@ def test_results_are_where_they_belong(smoke):
 
 def test_claims_have_all_their_parts(smoke):
     judged = json.loads((smoke / "outputs/exp_revival/smoke/claims.json").read_text())
-    assert [c["id"] for c in judged] == ["S1", "C1a", "C1b", "C1c", "C4a", "C4b", "C4c", "C4d", "C5a", "C5b"]
+    assert [c["id"] for c in judged] == [c.id for c in REVIVAL_CLAIMS]
     for claim in judged:
         assert {
             "id",
@@ -101,6 +102,9 @@ BAD = [
     (("-p", "seeds", "three"), "seeds is 'three'; allowed: whole numbers"),
     (("-p", "seeds", "0"), "seeds is 0; allowed: whole numbers"),
     (("-p", "seeds", "1.5"), "seeds is 1.5; allowed: whole numbers"),
+    (("-p", "runs", "3"), "parameter name is 'runs'; allowed: scale, seeds"),
+    (("-p", "time", "60"), "parameter name is 'time'; allowed: scale, seeds"),
+    (("-p", "priors", "H H"), "priors is 'H H'; allowed: each prior once"),
     (("-p", "scale", "true"), "scale is 'true'; allowed: one of smoke, desk, paper"),
     (("-p", "scale", "True"), "scale is True; allowed: one of smoke, desk, paper"),
     (("-p", "scale", "huge"), "scale is 'huge'; allowed: one of smoke, desk, paper"),
@@ -122,7 +126,7 @@ def test_bad_parameters_end_at_once_with_one_sentence(tmp_path, arguments, says)
     assert says in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr.split("BadInput", 1)[1]
     assert (tmp_path / "a_file").read_text() == "mine"
-    assert not (tmp_path / "outputs" / "runs").exists()
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_damaged_store_ends_it_before_training_and_is_left_alone(tmp_path):

@@ -6,18 +6,24 @@
 __all__ = ['PAPER_FIG9', 'PAPER_BUDGET', 'revival', 'steps_back']
 
 # %% ../nbs/12_figures.ipynb #cad20763
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .claims import pick, steps_to
+from .claims import steps_to
 from .tasks import PRIORS
 
 # %% ../nbs/12_figures.ipynb #87c0997a
-_COLOURS = dict(zip(("C_Tr = 0", "C_Tr = 1", "Scr.+FT"), sns.color_palette("colorblind")[:3]))
-_OTHER = "0.4"
+def _colours(lines: Iterable[str]) -> dict[str, tuple]:
+    "A colour for each C_Tr, in their order, and always the same one for the control."
+    first, second, control, *more = sns.color_palette("colorblind")
+    tuned = sorted(set(lines) - {"Scr.+FT"})
+    return dict(zip(tuned, [first, second, *more] if len(tuned) > 1 else [second])) | {"Scr.+FT": control}
+
 
 # What is read off the paper's Fig. 9: steps to full accuracy, out of a budget of 10 000
 PAPER_FIG9 = {"H": (100, 1000), "M": (100, 1000), "L": (3000, 3000), "Scr.+FT": (4500, 4500)}
@@ -31,6 +37,12 @@ def _line_names(table: pd.DataFrame) -> pd.Series:
     )
 
 
+def _ways_back(table: pd.DataFrame) -> pd.DataFrame:
+    "The curves of counting O_PT on the way back, with the name of the line each belongs to."
+    chosen = table["protocol"].isin(["reft", "scr_ft"]) & (table["metric"] == "acc_opt") & (table["c_te"] == 0)
+    return table[chosen].assign(line=_line_names(table[chosen]))
+
+
 def _prior_title(prior: str) -> str:
     p = PRIORS.get(prior)
     return f"prior {prior}" + (f" {p}" if p else "")
@@ -42,12 +54,11 @@ def revival(
     scale: str,  # its name, for the title
 ) -> Figure:
     "Accuracy of counting O_PT over reverse fine-tuning, C_Te = 0: a panel for each prior. Fig. 9."
-    back = pick(table[table["protocol"].isin(["reft", "scr_ft"])], metric="acc_opt", c_te=0)
     names = {lr: f"{name} = {lr:g}" for name, lr in rates.items()}
-    back = back.assign(line=_line_names(back), rate=back["re_lr"].map(names)).dropna(subset="rate")
-    priors = [p for p in (*PRIORS, *back["prior"].dropna().unique()) if p in set(back["prior"])]
-    priors = sorted(dict.fromkeys(priors), key=lambda p: "HML".find(p) % 9)
-    budget, seeds = back["step"].max(), back["seed"].nunique()
+    back = _ways_back(table)
+    back = back.assign(rate=back["re_lr"].map(names)).dropna(subset="rate")
+    priors = list(back["prior"].dropna().unique())
+    budget = back["step"].max()
     fig, axes = plt.subplots(1, len(priors), figsize=(4.2 * len(priors) + 1.6, 3.6), sharey=True, squeeze=False)
     for ax, prior in zip(axes[0], priors):
         sns.lineplot(
@@ -56,15 +67,15 @@ def revival(
             y="value",
             hue="line",
             style="rate",
-            hue_order=sorted(back["line"].unique()),
-            palette={line: _COLOURS.get(line, _OTHER) for line in back["line"].unique()},
+            hue_order=[line for line in _colours(back["line"]) if line in set(back["line"])],
+            palette=_colours(back["line"]),
             style_order=[names[lr] for lr in rates.values() if names[lr] in set(back["rate"])],
             errorbar=("pi", 100),
             ax=ax,
         )
+        ax.set_xscale("symlog", linthresh=1)
         _mark_paper(ax, prior, budget)
         ax.set(
-            xscale="symlog",
             xlim=(0, budget),
             ylim=(-0.03, 1.03),
             title=_prior_title(prior),
@@ -76,7 +87,9 @@ def revival(
     handles, labels = axes[0][0].get_legend_handles_labels()
     shown = [(h, {"line": "fine-tuned with", "rate": "way back at"}.get(x, x)) for h, x in zip(handles, labels)]
     axes[0][-1].legend(*zip(*shown), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    fig.suptitle(f"Reverse fine-tuning: can a be counted again? (scale {scale}, {_seeds(seeds)})", y=1.03)
+    fig.suptitle(
+        f"Reverse fine-tuning: can a be counted again? (scale {scale}, {_seeds(back['seed'].nunique())})", y=1.03
+    )
     return fig
 
 
@@ -95,30 +108,36 @@ def _mark_paper(ax, prior: str, budget: float):
     ax.axvline(control, color="0.7", ls=":", zorder=0)
 
 # %% ../nbs/12_figures.ipynb #4fdaa591
+def _arrivals(back: pd.DataFrame) -> pd.DataFrame:
+    "Steps to accuracy 0.95 of each curve, a row each, and whether that is only a lower bound."
+    rows = []
+    for (prior, line, rate, seed), curve in back.groupby(["prior", "line", "re_lr", "seed"]):
+        found = steps_to(curve)
+        labels = dict(prior=prior, line=line, rate=rate, seed=seed)
+        rows.append(labels | dict(steps=found.value, censored=np.isinf(found.high)))
+    return pd.DataFrame(rows)
+
+
 def steps_back(
     table: pd.DataFrame,  # results of `revival_plan`
     rates: dict[str, float],  # name → learning rate of the way back
     scale: str,  # its name, for the title
 ) -> Figure:
     "Steps of reverse fine-tuning to accuracy 0.95 for each seed, prior, C_Tr and rate, beside the control's. Fig. 26."
-    back = pick(table[table["protocol"].isin(["reft", "scr_ft"])], metric="acc_opt", c_te=0)
-    back = back.assign(line=_line_names(back), prior=back["prior"].fillna("Scr.+FT"))
-    rows = []
-    for (prior, line, rate, seed), curve in back.groupby(["prior", "line", "re_lr", "seed"]):
-        found = steps_to(curve)
-        rows.append(
-            dict(prior=prior, line=line, rate=rate, seed=seed, steps=found.value, censored=np.isinf(found.high))
-        )
-    points = pd.DataFrame(rows)
-    order = sorted(points["prior"].unique(), key=lambda p: "HML".find(p) % 9)
+    back = _ways_back(table)
+    back["prior"] = back["prior"].fillna("Scr.+FT")
+    points = _arrivals(back)
+    colours = _colours(back["line"])
+    tuned = [line for line in colours if line != "Scr.+FT"]
+    shift = {"Scr.+FT": 0} | dict(zip(tuned, np.linspace(-0.12, 0.12, len(tuned)) if len(tuned) > 1 else [0]))
+    order = [*(p for p in back["prior"].unique() if p != "Scr.+FT"), "Scr.+FT"]
     fig, axes = plt.subplots(1, len(rates), figsize=(4.2 * len(rates), 3.2), sharey=True, squeeze=False)
     for ax, (name, rate) in zip(axes[0], rates.items()):
         here = points[points["rate"] == rate]
-        for line, colour in _COLOURS.items():
+        for line, colour in colours.items():
             for censored, marker in ((False, "o"), (True, ">")):
                 some = here[(here["line"] == line) & (here["censored"] == censored)]
-                shift = {"C_Tr = 0": -0.12, "C_Tr = 1": 0.12}.get(line, 0)
-                y = some["prior"].map(order.index) + shift
+                y = some["prior"].map(order.index) + shift[line]
                 ax.scatter(some["steps"], y, color=colour, marker=marker, alpha=0.8, label=None if censored else line)
         ax.set(
             xscale="log",
@@ -133,7 +152,6 @@ def steps_back(
     fig.supxlabel("steps to accuracy 0.95  (▸ not within the budget)", y=-0.06, fontsize="medium")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes[0][0].set_ylabel("prior before fine-tuning")
-    fig.suptitle(
-        f"Steps until a is counted again (scale {scale}, {_seeds(points['seed'].nunique()).split(':')[0]})", y=1.03
-    )
+    seeds = _seeds(points["seed"].nunique()).split(":")[0]
+    fig.suptitle(f"Steps until a is counted again (scale {scale}, {seeds})", y=1.03)
     return fig

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'PARAMETERS', 'Scale', 'scales_table', 'pretraining', 'scratch',
-           'fine_tuning', 'reverse', 'revival_plan', 'results', 'estimate', 'carry_out', 'rate_name', 'prior_list']
+           'fine_tuning', 'reverse', 'revival_plan', 'results', 'what_it_says', 'estimate', 'carry_out', 'rate_name',
+           'prior_list']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
+import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
+import torch
 
 from .checks import BadInput, check, one_of, whole, writable
 from .model import Shape
 from .runs import Run, Store, cores, train_all
-from .tasks import FAMILIES, PRIORS, Domain, Edited, Natural, one_task
-from .training import FINE_TUNING, Measure, Recipe, pick_device, seconds_per_step
+from .tasks import PRIORS, Domain, Edited, Natural, one_task
+from .training import FINE_TUNING, Measure, Recipe, accuracy, log_spaced, pick_device, seconds_per_step
 
 # %% ../nbs/10_protocols.ipynb #316a623c
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ SCALES = {
             "smoke",
             Domain(length=20, window=19, nth=2),
             Shape(2, 2, 16),
-            Recipe(steps=40, batch=32, lr=5e-3, answer=1.0),
+            Recipe(steps=40, batch=32, lr=5e-3, answer=4.0),
             replace(FINE_TUNING, steps=20, batch=32),
             dict(zip(_RATES, (1e-2, 3e-3, 1e-3))),
             64,
@@ -53,8 +56,8 @@ SCALES = {
             "desk",
             Domain(length=26, window=22, nth=2),
             Shape(4, 4, 64),
-            Recipe(steps=3000, lr=5e-3, answer=1.0),
-            replace(FINE_TUNING, steps=400),
+            Recipe(steps=4400, batch=48, answer=4.0),
+            replace(FINE_TUNING, steps=400, batch=48),
             dict(zip(_RATES, (1e-3, 3e-4, 1e-4))),
             512,
         ),
@@ -74,10 +77,11 @@ def scales_table() -> pd.DataFrame:
             "blocks": s.shape.blocks,
             "heads": s.shape.heads,
             "width": s.shape.width,
-            "batch": s.pretraining.batch,
+            "pretraining batch": s.pretraining.batch,
             "pretraining steps": s.pretraining.steps,
             "pretraining rate": s.pretraining.lr,
-            "pretraining loss": "all tokens" + (" + answer" if s.pretraining.answer else ""),
+            "pretraining loss": "all tokens"
+            + (f" + {s.pretraining.answer:g} × answer" if s.pretraining.answer else ""),
             "fine-tuning steps": s.fine_tuning.steps,
             "fine-tuning batch": s.fine_tuning.batch,
             **s.rates,
@@ -108,13 +112,12 @@ def pretraining(
 ) -> Run:
     "From scratch on all five task families. App. C.2."
     name = prior if isinstance(prior, str) else "/".join(f"{p:g}" for p in prior)
-    natural = tuple(Measure(f"acc_{f}", one_task(scale.domain, f, O_PT), None, scale.samples) for f in FAMILIES)
     return Run(
         Natural(scale.domain, PRIORS.get(prior, prior)),
         scale.pretraining,
         scale.shape,
         seed,
-        _measures(scale, *_BOTH) + natural,
+        measures=_measures(scale, *_BOTH),
         name=f"pretraining, prior {name}, seed {seed}",
     )
 
@@ -124,10 +127,15 @@ def scratch(
     seed: int = 0,  # of weights and strings
 ) -> Run:
     "The control's pretraining: all five task families, but never asked for `a`. Sec. 5.1."
-    only_b = tuple(np.eye(3)[scale.domain.letter(O_FT)].tolist())
+    only_b = one_task(scale.domain, "C", O_FT).prior
     return replace(pretraining(scale, only_b, seed), name=f"pretraining without a, seed {seed}")
 
 # %% ../nbs/10_protocols.ipynb #846201e4
+_AFTER = (
+    1  # data of what follows pretraining: other strings than pretraining's, and for reFT the very same as for Scr.+FT
+)
+
+
 def _tuned(scale: Scale, rate: str) -> Recipe:
     check(rate in scale.rates, "rate", rate, "one of " + ", ".join(scale.rates))
     return replace(scale.fine_tuning, lr=scale.rates[rate])
@@ -145,6 +153,7 @@ def fine_tuning(
         _tuned(scale, rate),
         scale.shape,
         start.seed,
+        _AFTER,
         _measures(scale, *_BOTH),
         start,
         f"fine-tuning C_Tr={c_tr:g} {rate} ← {start.name}",
@@ -162,6 +171,7 @@ def reverse(
         _tuned(scale, rate),
         scale.shape,
         start.seed,
+        _AFTER,
         _measures(scale, ("acc_opt", 0.0), ("acc_oft", 1.0)),
         start,
         f"back {rate} ← {start.name}",
@@ -210,6 +220,30 @@ def results(
     tables = [store.log(run).assign(**labels) for labels, run in plan]
     return pd.concat(tables, ignore_index=True).reindex(columns=LABELS)
 
+# %% ../nbs/10_protocols.ipynb #16c0fc71
+@torch.no_grad()
+def what_it_says(
+    store: Store,  # where the finished runs lie
+    plan: list[tuple[dict, Run]],  # labels and runs
+) -> pd.DataFrame:
+    """What the plan's fine-tuned models answer when asked for O_PT where the correlation is absent, C_Te = 0.
+
+    Shares of test strings in which it is count(O_PT), one more, count(O_FT), or anything else; a row for each prior, C_Tr and seed.
+    """
+    rows = {}
+    for labels, run in plan:
+        if labels["protocol"] != "fine_tuning":
+            continue
+        ask_opt, ask_oft = (Edited(run.stream.domain, o, 0.0, O_PT, O_FT) for o in (O_PT, O_FT))
+        ids, opt = Measure("", ask_opt).samples(), Measure("", ask_opt).samples()[:, -2]
+        oft = Measure("", ask_oft).samples()[:, -2]
+        said = store.model(run)(ids[:, :-2], last=True).argmax(-1)
+        found = {f"count({O_PT})": said == opt, f"count({O_PT}) + 1": said == opt + 1, f"count({O_FT})": said == oft}
+        found["other"] = ~sum(found.values()).bool()
+        shares = {what: where.float().mean().item() for what, where in found.items()}
+        rows[labels["prior"], labels["c_tr"], labels["seed"]] = shares
+    return pd.DataFrame(rows).T.rename_axis(["prior", "C_Tr", "seed"])
+
 # %% ../nbs/10_protocols.ipynb #2d292da2
 def estimate(
     store: Store,  # what is there costs nothing
@@ -217,17 +251,26 @@ def estimate(
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # as in `train_all`
 ) -> float:
-    "Hours that training what is missing will take, from a measured step of each recipe; 0 if nothing is missing."
+    "Hours that training what is missing will take, from a few measured steps and an evaluation of each kind of run; 0 if nothing is missing."
     missing = {r for _, run in plan for r in run.lineage if not store.finished(r)}
-    kinds = {}
-    for run in missing:
-        kinds.setdefault((bool(run.recipe.sequence), run.recipe.batch), []).append(run)
-    steps = {
-        kind: seconds_per_step(runs[0].fresh_model(), runs[0].stream, runs[0].recipe, device)
-        for kind, runs in kinds.items()
-    }
-    total = sum(steps[kind] * run.recipe.steps for kind, runs in kinds.items() for run in runs)
+
+    def kind(run):
+        return run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
+
+    examples, how_many = {kind(run): run for run in missing}, Counter(map(kind, missing))
+    total = sum(_seconds_of(run, device) * how_many[k] for k, run in examples.items())
     return total / 3600 / (workers or (cores() if device == "cpu" else 1))
+
+
+def _seconds_of(run: Run, device: str) -> float:
+    "Seconds that a run takes."
+    model = run.fresh_model()
+    training = run.recipe.steps * seconds_per_step(model, run.stream, run.recipe, device)
+    ids = run.measures[0].samples().to(device)
+    began = time.perf_counter()
+    accuracy(model, ids)
+    one = (time.perf_counter() - began) / len(ids)
+    return training + one * len(log_spaced(run.recipe.steps)) * sum(m.n for m in run.measures)
 
 
 def carry_out(
@@ -275,7 +318,9 @@ def prior_list(
     "A rule for parameters: sampling priors by name or as probabilities of a, b, c."
     allowed = f"names of priors ({', '.join(PRIORS)}) or probabilities such as 0.6/0.3/0.1, separated by spaces"
     check(isinstance(value, str) and value.split(), name, value, allowed)
-    return tuple(_prior(name, word, allowed) for word in value.split())
+    found = tuple(_prior(name, word, allowed) for word in value.split())
+    check(len(set(found)) == len(found), name, value, "each prior once")
+    return found
 
 
 def _prior(name: str, word: str, allowed: str):

@@ -1,0 +1,129 @@
+"The paper's protocols: who is trained on what, what it costs, and what comes out."
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import REPO
+from wrapperlib.checks import BadInput
+from wrapperlib.grammar import Grammar
+from wrapperlib.protocols import (
+    LABELS,
+    SCALES,
+    carry_out,
+    estimate,
+    fine_tuning,
+    pretraining,
+    prior_list,
+    reverse,
+    revival_plan,
+    scales_table,
+    scratch,
+    what_it_says,
+)
+from wrapperlib.runs import Store, address
+from wrapperlib.tasks import PROMPT, TAIL, Domain, decode
+from wrapperlib.training import FINE_TUNING
+
+SMOKE = SCALES["smoke"]
+
+
+def texts(run, step=0):
+    return run.stream.batch(8, (run.seed, run.data), step)[:, PROMPT:-TAIL]
+
+
+def test_the_scales_are_what_they_claim():
+    desk, paper = SCALES["desk"], SCALES["paper"]
+    assert desk.shape.blocks >= 4
+    assert (paper.domain, paper.fine_tuning) == (Domain(), FINE_TUNING)
+    assert (paper.pretraining.steps, paper.pretraining.lr, paper.pretraining.answer) == (200_000, 1e-3, 0)
+    assert list(paper.rates.values()) == [1e-4, 1e-5, 1e-6]
+    assert list(scales_table().columns) == ["smoke", "desk", "paper"] and not scales_table().isna().any().any()
+
+
+def test_the_control_is_never_asked_for_a():
+    control = scratch(SMOKE)
+    asked = {decode(SMOKE.domain, row).split()[2] for row in control.stream.batch(500, 0, 0)}
+    assert asked == {"b", "bb", "NULL"}
+    assert replace(control, stream=None, name="") == replace(pretraining(SMOKE, "L"), stream=None, name="")
+
+
+def test_reverse_fine_tuning_and_its_control_see_the_same_batches():
+    base = pretraining(SMOKE, "L", seed=3)
+    reft, control = reverse(SMOKE, fine_tuning(SMOKE, base, 1.0)), reverse(SMOKE, scratch(SMOKE, seed=3))
+    assert (texts(reft) == texts(control)).all() and reft.recipe == control.recipe
+    for other in (base, fine_tuning(SMOKE, base, 1.0), reverse(SMOKE, scratch(SMOKE, seed=4))):
+        assert (texts(other) != texts(reft)).any()
+
+
+def test_a_plan_names_every_run_once():
+    plan = revival_plan(SMOKE, seeds=2, priors=("H", "L"))
+    assert len(plan) == 2 * (3 + 2 * 7)
+    labels = [tuple(sorted(labels.items())) for labels, _ in plan]
+    assert len(set(labels)) == len(labels) == len({address(run) for _, run in plan})
+    with pytest.raises(BadInput, match=r"rate is 'η_X'; allowed: one of η_L, η_M, η_S"):
+        revival_plan(SMOKE, ft_rate="η_X")
+
+
+def test_the_price_is_said_before_it_is_paid(tmp_path, capsys):
+    store, plan = Store(tmp_path / "runs"), revival_plan(SMOKE, priors=("L",))
+    table, done = carry_out(store, plan, workers=1)
+    said = capsys.readouterr().out
+    assert re.match(r"about \d+ seconds of training, by a step measured on cpu\n", said)
+    assert done["trained"] == len(plan) and done["devices"] == ["cpu"] and done["seconds_in_runs"] > 0
+    assert list(table.columns) == LABELS
+    assert not table.duplicated([c for c in LABELS if c != "value"]).any()
+    for protocol, metrics in (("pretraining", 4), ("fine_tuning", 4), ("reft", 2), ("scr_ft", 2)):
+        part = table[(table["protocol"] == protocol) & (table["metric"] != "loss")]
+        assert len(part[["metric", "c_te"]].drop_duplicates()) == metrics
+    assert estimate(store, plan) == 0
+    again, done = carry_out(store, plan, workers=1)
+    assert done["trained"] == 0 and again.equals(table) and "of training" not in capsys.readouterr().out
+
+
+def test_what_a_fine_tuned_model_says(tmp_path):
+    class AddsOne(torch.nn.Module):
+        def forward(self, ids, last):
+            letters = ids[:, PROMPT:-2][:, -SMOKE.domain.window :]
+            one_more = (letters == SMOKE.domain.ids["a"]).sum(1) + 1
+            return torch.nn.functional.one_hot(SMOKE.domain.ids["0"] + one_more, len(SMOKE.domain.vocabulary))
+
+    store, plan = Store(tmp_path), revival_plan(SMOKE, priors=("L",))
+    store.model = lambda run: AddsOne()
+    said = what_it_says(store, plan)
+    assert list(said.index) == [("L", 0.0, 0), ("L", 1.0, 0)]
+    assert (said["count(a) + 1"] == 1).all() and (said[["count(a)", "count(b)", "other"]] == 0).all().all()
+
+
+def test_the_price_at_the_papers_scale_is_days(tmp_path):
+    plan = revival_plan(SCALES["paper"], priors=("L",))
+    assert estimate(Store(tmp_path), plan, workers=1) > 24
+
+
+def test_any_grammar_will_do(tmp_path):
+    four = Grammar.parse("text → text word (0.9) | word (0.1)\nword → a b | a c d | b c | d", "a b c d")
+    scale = replace(SMOKE, domain=Domain(four, length=20, window=18, nth=2))
+    prior = (0.4, 0.3, 0.2, 0.1)
+    table, _ = carry_out(Store(tmp_path), revival_plan(scale, priors=(prior,)), workers=1)
+    assert set(table["prior"].dropna()) == {"0.4/0.3/0.2/0.1"} and np.isfinite(table["value"]).all()
+
+
+def test_priors_as_text():
+    assert prior_list("priors", "H 0.6/0.3/0.1") == ("H", (0.6, 0.3, 0.1))
+    for bad in ("", "X", "0.6/0.3", "0.6/0.3/0.3", "1/nan/0", "L L", 3, True):
+        with pytest.raises(BadInput, match="priors is"):
+            prior_list("priors", bad)
+
+
+def test_the_readmes_example_runs_as_a_script(tmp_path):
+    [example] = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    script = tmp_path / "example.py"
+    script.write_text(example.replace('SCALES["desk"]', 'SCALES["smoke"]'))
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "my_results.csv").stat().st_size > 1000
