@@ -1,4 +1,4 @@
-# make revival | make test | make bench | make export | make clean-notebooks
+# make revival | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -13,8 +13,7 @@ TORCH := torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: revival test lint bench export setup
-.DELETE_ON_ERROR:
+.PHONY: revival test bench export setup
 
 setup: $(READY)
 
@@ -25,16 +24,16 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# The executed copy is written beside its place and renamed, so that a failed run leaves the last good one.
+# The executed copy is written elsewhere and comes to its place when it is whole: a failed run leaves the last good one.
 # $(1) notebook, $(2) folder, $(3) papermill's parameters
 define run
-	@mkdir -p '$(2)'
-	$(BIN)/papermill --log-output --no-progress-bar nbs/$(1).ipynb '$(2)/.$(1).running.ipynb' $(3)
-	@mv '$(2)/.$(1).running.ipynb' '$(2)/$(1).ipynb'
+	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; set -x; \
+	$(BIN)/papermill --log-output --no-progress-bar nbs/$(1).ipynb "$$made/$(1).ipynb" $(3); \
+	{ set +x; } 2>/dev/null; cp "$$made/$(1).ipynb" '$(2)'/.$(1).$$$$; mv '$(2)'/.$(1).$$$$ '$(2)/$(1).ipynb'
 endef
 
 revival: $(READY)
-	$(call run,exp_revival,$(OUT)/exp_revival/$(SCALE),-p scale '$(SCALE)' -p seeds $(SEEDS) -p device '$(DEVICE)' -p out '$(OUT)')
+	$(call run,exp_revival,$(OUT)/exp_revival/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p out '$(OUT)')
 
 bench: $(READY)
 	$(call run,bench_data,$(OUT)/bench_data,-p out '$(OUT)')

@@ -1,6 +1,8 @@
 "What keeps the house in order: export, notebooks, environments, imports."
 
+import ast
 import configparser
+import hashlib
 import json
 import re
 import shutil
@@ -39,6 +41,35 @@ def test_the_library_is_what_the_notebooks_export(tmp_path):
         assert path.read_text() == (REPO / "wrapperlib" / path.name).read_text(), (
             f"{path.name} differs from its notebook: run make export"
         )
+
+
+def verdicts_in_readme():
+    rows = re.findall(
+        r"^\| (\w+) \|.*\| \**(holds|fails|inconclusive)\b[^|]*\|[^|]*\|$", (REPO / "README.md").read_text(), re.M
+    )
+    return dict(rows)
+
+
+def test_the_readmes_verdicts_are_those_of_the_committed_results():
+    judged = json.loads((REPO / "outputs/exp_revival/desk/claims.json").read_text())
+    assert verdicts_in_readme() == {c["id"]: c["verdict"] for c in judged}
+    assert all(c["seeds"] >= 3 for c in judged)
+
+
+def test_the_committed_results_are_whole():
+    for path in sorted(REPO.glob("outputs/*/**/provenance.json")):
+        if {"runs", "smoke", "earlier"} & set(path.relative_to(REPO).parts):
+            continue
+        for name, digest in json.loads(path.read_text())["files"].items():
+            assert hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == digest, name
+        [executed] = path.parent.glob("*.ipynb")
+        papermill = json.loads(executed.read_text())["metadata"]["papermill"]
+        assert papermill["end_time"] and not papermill["exception"]
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", (REPO / "README.md").read_text()):
+        assert target.startswith("http") or (REPO / target).exists(), target
 
 
 def test_every_module_has_a_notebook():
@@ -99,9 +130,22 @@ print([m for m in ("nbdev", "fastcore", "execnb", "jupyter", "papermill", "IPyth
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_documented():
-    import ast
+def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("wrapperlib", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(REPO / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
+    subprocess.run(pip, check=True, capture_output=True)
+    assert {p.name for p in (site / "wrapperlib").glob("*.py")} == {p.name for p in (REPO / "wrapperlib").glob("*.py")}
+    metadata = next(site.glob("wrapperlib-*.dist-info/METADATA")).read_text()
+    needed = [r for r in re.findall(r"Requires-Dist: (.*)", metadata) if "extra ==" not in r]
+    assert len(needed) == len(settings()["requirements"].split())
+    assert not re.search("nbdev|jupyter|papermill|ipykernel", " ".join(needed))
 
+
+def test_every_public_name_is_documented():
     bare = []
     for path in sorted((REPO / "wrapperlib").glob("*.py")):
         if path.stem in ("__init__", "_modidx"):

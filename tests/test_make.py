@@ -1,0 +1,59 @@
+"What `make` adds to papermill."
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import REPO
+
+ready = REPO / ".venv" / ".ready"
+needs_make = pytest.mark.skipif(
+    not shutil.which("make") or not ready.exists() or ready.stat().st_mtime < (REPO / "pyproject.toml").stat().st_mtime,
+    reason="needs make and an up-to-date .venv, as `make test` leaves it",
+)
+
+
+def make(*arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=REPO, capture_output=True, text=True, env=environment)
+
+
+@needs_make
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("SCALE=huge", "scale is 'huge'; allowed: one of smoke, desk, paper"),
+        ("SEEDS=", "seeds is ''; allowed: whole numbers from 1"),
+        ("SEEDS=three", "seeds is 'three'; allowed: whole numbers from 1"),
+        ("DEVICE=tpu", "device is 'tpu'; allowed: auto or one that is there"),
+    ],
+)
+def test_bad_input_leaves_no_trace(tmp_path, given, says):
+    done = make("revival", given, f"OUT={tmp_path / 'results'}")
+    assert done.returncode != 0 and says in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@needs_make
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = make("revival", "SCALE=smoke", f"OUT={tmp_path / 'file'}")
+    assert done.returncode != 0 and "allowed: a folder that can be written to" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@needs_make
+def test_the_executed_copy_lies_with_the_results_and_a_failed_run_leaves_it(tmp_path):
+    place = tmp_path / "results" / "exp_revival" / "smoke"
+    assert make("revival", "SCALE=smoke", f"OUT={tmp_path / 'results'}").returncode == 0
+    executed = (place / "exp_revival.ipynb").read_text()
+    papermill = json.loads(executed)["metadata"]["papermill"]
+    assert papermill["end_time"] and not papermill["exception"]
+    weights = next((tmp_path / "results" / "runs").glob("*-*/weights.safetensors"))
+    weights.write_bytes(b"damaged")
+    assert make("revival", "SCALE=smoke", f"OUT={tmp_path / 'results'}").returncode != 0
+    assert (place / "exp_revival.ipynb").read_text() == executed
+    assert not [p for p in place.iterdir() if p.name.startswith(".")]
