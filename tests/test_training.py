@@ -11,20 +11,24 @@ from wrapperlib import training
 from wrapperlib.checks import BadInput
 from wrapperlib.model import GPT, Shape, read, site_names
 from wrapperlib.protocols import SCALES, fine_tuning, pretraining, reverse
-from wrapperlib.tasks import PRIORS, Domain, Natural, one_task
+from wrapperlib.tasks import PRIORS, Domain, Edited, Natural, one_task
 from wrapperlib.training import (
     FINE_TUNING,
     Measure,
     NotFinite,
     Progress,
     Recipe,
+    Trainee,
     accuracy,
     log_spaced,
     loss_of,
+    optimisers,
+    parts,
     pick_device,
     rate,
     seconds_per_step,
     train,
+    train_stack,
 )
 
 ANSWER = dict(sequence=0.0, answer=1.0)
@@ -63,7 +67,8 @@ def test_accuracy_counts_first_choices(domain, shape):
     model = GPT(len(domain.vocabulary), domain.row_length, shape)
     ids = torch.from_numpy(one_task(domain, "C", "a").batch(70, 0, 0))
     right = sum(int(model(row[None, :-2], last=True).argmax()) == int(row[-2]) for row in ids)
-    assert accuracy(model, ids, batch=16) == pytest.approx(right / 70)
+    assert len(parts(ids)) == 1 and accuracy(model, ids) == pytest.approx(right / 70)
+    assert len(parts(ids.repeat(10, 1))) > 1 and accuracy(model, ids.repeat(10, 1)) == pytest.approx(right / 70)
 
 
 def test_training_learns_and_resumes_bit_for_bit(domain, shape):
@@ -81,6 +86,89 @@ def test_training_learns_and_resumes_bit_for_bit(domain, shape):
         again = fresh()
         assert train(again, stream, recipe, 5, measures, resume=progress) == log
         assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("muon", [0.0, 3e-3])
+def test_a_batch_in_parts_is_the_batch(domain, shape, muon, monkeypatch):
+    recipe = Recipe(steps=4, lr=3e-3, muon=muon, batch=33, answer=2.0)
+    models = []
+    for tokens in (10**9, 100):
+        monkeypatch.setattr(training, "_PART", tokens)
+        models.append(GPT(len(domain.vocabulary), domain.row_length, shape))
+        train(models[-1], Natural(domain, PRIORS["H"]), recipe)
+    whole, portions = (dict(m.named_parameters()) for m in models)
+    assert all(torch.allclose(whole[name], portions[name], atol=2e-4) for name in whole)
+
+
+def test_muon_trains_the_blocks_matrices_and_resumes_bit_for_bit(domain, shape):
+    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=30, lr=3e-3, muon=3e-3, batch=16, **ANSWER)
+
+    def fresh():
+        return GPT(len(domain.vocabulary), domain.row_length, shape)
+
+    found = optimisers(dict(fresh().named_parameters()), recipe)
+    assert len(found["muon"].param_groups[0]["params"]) == 4 * shape.blocks
+    whole, kept = fresh(), []
+    log = train(whole, stream, recipe, 5, save=kept.append, save_every=0)
+    again = fresh()
+    assert train(again, stream, recipe, 5, resume=kept[11]) == log
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
+    with pytest.raises(BadInput, match="checkpoint"):
+        train(fresh(), stream, replace(recipe, muon=0.0), resume=kept[0])
+
+
+def trainees(domain, shape, n=3, **changes):
+    "Models of their own, each on strings of its own."
+    streams = [one_task(domain, "T", "a"), Natural(domain, PRIORS["H"]), Edited(domain, "b", 0.5)]
+    models = [GPT(len(domain.vocabulary), domain.row_length, shape, seed) for seed in range(n)]
+    measures = (Measure("acc", streams[0], n=32),)
+    return [Trainee(m, s, seed, measures, **changes) for m, s, seed in zip(models, streams, range(n))]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("loss", [ANSWER, dict(answer=4.0)], ids=["answer", "sequence"])
+def test_a_stack_is_the_loop(domain, shape, loss):
+    "Twenty steps of three models as one program, and of each alone, in float64 where rounding cannot hide a mistake."
+    recipe = Recipe(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
+    alone, together = trainees(domain, shape), trainees(domain, shape)
+    for t in (*alone, *together):
+        t.model.double()
+    logs = [train(t.model, t.stream, recipe, t.seed, t.measures) for t in alone]
+    assert [[r["step"] for r in log] for log in train_stack(together, recipe)] == [
+        [r["step"] for r in log] for log in logs
+    ]
+    for a, b in zip(alone, together):
+        for p, q in zip(a.model.parameters(), b.model.parameters()):
+            assert torch.allclose(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_stack_resumes_and_its_models_can_go_on_alone(domain, shape):
+    recipe, kept = Recipe(steps=12, lr=1e-3, batch=8, **ANSWER), []
+    whole = trainees(domain, shape)
+    logs = train_stack(whole, recipe, save=kept.append, save_every=0)
+    again = [replace(t, resume=p) for t, p in zip(trainees(domain, shape), kept[4])]
+    assert train_stack(again, recipe) == logs
+    for a, b in zip(whole, again):
+        assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
+    alone = trainees(domain, shape)[2]
+    train(alone.model, alone.stream, recipe, alone.seed, alone.measures, resume=kept[4][2])
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(whole[2].model.parameters(), alone.model.parameters()))
+    mixed = [replace(t, resume=p) for t, p in zip(trainees(domain, shape), (kept[4][0], kept[5][1], kept[5][2]))]
+    with pytest.raises(BadInput, match="checkpoints of the same step"):
+        train_stack(mixed, recipe)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_loss_that_is_not_finite_in_a_stack_says_whose(domain, shape):
+    broken = trainees(domain, shape)
+    with torch.no_grad():
+        broken[1].model.head.weight[0] = math.inf
+    with pytest.raises(NotFinite, match="step 1 of 5") as caught:
+        train_stack(broken, Recipe(steps=5, batch=4))
+    assert caught.value.which == 1
+    with pytest.raises(BadInput, match="muon is"):
+        train_stack(trainees(domain, shape), Recipe(steps=5, muon=1e-3))
 
 
 def test_mixed_precision_learns(domain, shape, monkeypatch):
@@ -140,6 +228,7 @@ def test_a_loss_that_is_not_finite_names_its_step(domain, shape):
         ("warmup", 1.0),
         ("floor", 2.0),
         ("clip", 0.0),
+        ("muon", -1.0),
         ("answer", -1.0),
     ],
 )
