@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from filelock import FileLock
 from wrapperlib import runs
 from wrapperlib.checks import BadInput
 from wrapperlib.model import Shape
-from wrapperlib.runs import Run, Store, address, describe, publish, train_all, train_run, write_whole
+from wrapperlib.runs import Run, Store, address, describe, publish, train_all, train_run, train_runs, write_whole
 from wrapperlib.tasks import one_task
-from wrapperlib.training import Measure, NotFinite, Recipe
+from wrapperlib.training import Measure, NotFinite, Recipe, train
 
 
 def a_run(domain, steps=30, seed=0, **changes):
@@ -214,6 +215,50 @@ def test_a_run_that_fails_says_which(store, domain):
     assert not store.finished(runs_[0])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_runs_trained_as_one_program_are_kept_one_by_one(tmp_path, domain):
+    "As on a GPU: what could begin and differs only in strings and weights is one program, and the results are those of each alone."
+    wanted = [a_run(domain, steps=8, seed=s, start=a_run(domain, steps=6, seed=s)) for s in (0, 1, 2)]
+    alone, together = Store(tmp_path / "alone"), Store(tmp_path / "together")
+    train_all(alone, wanted, workers=1, quiet=True)
+    missing = [r for run in wanted for r in run.lineage]
+    groups = []
+    while missing:
+        groups.append(runs._next_group(together, missing, 8))
+        train_runs(together, groups[-1])
+        missing = [r for r in missing if r not in groups[-1]]
+    assert [len(group) for group in groups] == [3, 3]
+    for run in wanted:
+        assert together.meta(run)["together"] == 3 and together.log(run)["step"].equals(alone.log(run)["step"])
+        pairs = zip(alone.model(run).parameters(), together.model(run).parameters())
+        assert all(torch.allclose(p, q, atol=1e-4) for p, q in pairs)
+    assert len(runs._next_group(together, wanted, 2)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_run_that_fails_in_a_program_says_which(store, domain, monkeypatch):
+    wanted = [a_run(domain, steps=5, seed=s, name=f"run {s}") for s in (0, 1)]
+    fresh = runs._trainee
+
+    def broken(store, run, resume):
+        trainee = fresh(store, run, resume)
+        if run.seed == 1:
+            with torch.no_grad():
+                trainee.model.head.weight[0] = float("nan")
+        return trainee
+
+    monkeypatch.setattr(runs, "_trainee", broken)
+    with pytest.raises(NotFinite, match="run 1: the loss of step 1 of 5"):
+        train_runs(store, wanted)
+
+
+def test_how_many_workers_is_measured(store, domain, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "_WORTH_MEASURING", 1)
+    monkeypatch.setattr(runs, "cores", lambda: 2)
+    train_all(store, [a_run(domain, steps=5, seed=s) for s in (0, 1)])
+    assert re.search(r"[12] of 2 workers side by side: [0-9.]+ times as much as one", capsys.readouterr().out)
+
+
 def test_who_waits_for_another_can_be_stopped(store, domain):
     run = a_run(domain, steps=5)
 
@@ -267,7 +312,7 @@ def test_a_missing_file_and_a_record_of_another_run_are_refused(store, domain):
 def test_a_damaged_checkpoint_is_refused(store, domain, how):
     run, kept = a_run(domain, steps=10), []
     model = run.fresh_model()
-    runs.train(model, run.stream, run.recipe, save=kept.append, save_every=0)
+    train(model, run.stream, run.recipe, save=kept.append, save_every=0)
     facts = dict(seconds=1.5, devices=["cpu"])
     store.save_partial(run, kept[4], facts)
     progress, before = store.checkpoint(run)
