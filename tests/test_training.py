@@ -15,9 +15,11 @@ from wrapperlib.tasks import PRIORS, Domain, Edited, Natural, one_task
 from wrapperlib.training import (
     FINE_TUNING,
     Measure,
+    Muon,
     NotFinite,
     Progress,
     Recipe,
+    Stack,
     Trainee,
     accuracy,
     log_spaced,
@@ -100,13 +102,30 @@ def test_a_batch_in_parts_is_the_batch(domain, shape, muon, monkeypatch):
     assert all(torch.allclose(whole[name], portions[name], atol=2e-4) for name in whole)
 
 
+def test_muon_is_torchs(shape):
+    ours, theirs = ([p for p in GPT(20, 10, shape).blocks.parameters() if p.dim() == 2] for _ in range(2))
+    chance = torch.Generator().manual_seed(0)
+    optimiser = Muon(ours, lr=0.02, weight_decay=0.1)
+    peer = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            q.grad = torch.randn(p.shape, generator=chance)
+            p.grad = q.grad.clone()
+        optimiser.step()
+        peer.step()
+    # both iterate in bfloat16, which keeps three digits
+    assert all(torch.allclose(p, q, atol=2e-3) and not torch.equal(p, p * 0) for p, q in zip(ours, theirs))
+    update = training._orthogonal(torch.randn(3, 8, 24, generator=chance)).float()
+    assert ((torch.linalg.svdvals(update) - 1).abs() < 0.5).all()
+
+
 def test_muon_trains_the_blocks_matrices_and_resumes_bit_for_bit(domain, shape):
     stream, recipe = one_task(domain, "T", "a"), Recipe(steps=30, lr=3e-3, muon=3e-3, batch=16, **ANSWER)
 
     def fresh():
         return GPT(len(domain.vocabulary), domain.row_length, shape)
 
-    found = optimisers(dict(fresh().named_parameters()), recipe)
+    found = optimisers(Stack([fresh()]), recipe)
     assert len(found["muon"].param_groups[0]["params"]) == 4 * shape.blocks
     whole, kept = fresh(), []
     log = train(whole, stream, recipe, 5, save=kept.append, save_every=0)
@@ -126,7 +145,7 @@ def trainees(domain, shape, n=3, **changes):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("loss", [ANSWER, dict(answer=4.0)], ids=["answer", "sequence"])
+@pytest.mark.parametrize("loss", [ANSWER, dict(answer=4.0), dict(muon=1e-3)], ids=["answer", "sequence", "muon"])
 def test_a_stack_is_the_loop(domain, shape, loss):
     "Twenty steps of three models as one program, and of each alone, in float64 where rounding cannot hide a mistake."
     recipe = Recipe(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
@@ -137,9 +156,10 @@ def test_a_stack_is_the_loop(domain, shape, loss):
     assert [[r["step"] for r in log] for log in train_stack(together, recipe)] == [
         [r["step"] for r in log] for log in logs
     ]
+    near = 1e-3 if recipe.muon else 1e-6  # Muon's own arithmetic is bfloat16 even here
     for a, b in zip(alone, together):
         for p, q in zip(a.model.parameters(), b.model.parameters()):
-            assert torch.allclose(p, q, rtol=0, atol=1e-6)
+            assert torch.allclose(p, q, rtol=0, atol=near)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -167,8 +187,6 @@ def test_a_loss_that_is_not_finite_in_a_stack_says_whose(domain, shape):
     with pytest.raises(NotFinite, match="step 1 of 5") as caught:
         train_stack(broken, Recipe(steps=5, batch=4))
     assert caught.value.which == 1
-    with pytest.raises(BadInput, match="muon is"):
-        train_stack(trainees(domain, shape), Recipe(steps=5, muon=1e-3))
 
 
 def test_mixed_precision_learns(domain, shape, monkeypatch):

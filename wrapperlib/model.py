@@ -37,6 +37,9 @@ class Site(nn.Identity):
     "A named place: passes its input on, and lets `read` and `change` see it."
 
 # %% ../nbs/02_model.ipynb #50060d9a
+_SHORT = 64  # tokens; on a CPU, attention over fewer is quicker without the fused kernel
+
+
 class Attention(nn.Module):
     "Causal self-attention with several heads."
 
@@ -57,7 +60,8 @@ class Attention(nn.Module):
         else:
             q, k, v = self.qkv(x).split(width, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (n, heads, t, width/heads)
-        mix = self._explicit if self.weights._forward_hooks else self._fused
+        explicit = self.weights._forward_hooks or (x.shape[1] <= _SHORT and x.device.type == "cpu")
+        mix = self._explicit if explicit else self._fused
         return self.out(mix(q, k, v).transpose(1, 2).flatten(2))  # (n, t, width)
 
     def _fused(self, q, k, v):
@@ -65,9 +69,9 @@ class Attention(nn.Module):
 
     def _explicit(self, q, k, v):
         t = k.shape[2]
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (n, heads, queries, t)
-        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)[-q.shape[2] :]
-        return self.weights(score.masked_fill(future, -math.inf).softmax(-1)) @ v
+        future = torch.full((t, t), -math.inf, device=q.device).triu(1)[-q.shape[2] :]  # 0 where a query may look
+        score = torch.add(future, q @ k.mT, alpha=1 / math.sqrt(q.shape[-1]))  # (n, heads, queries, t)
+        return self.weights(score.softmax(-1)) @ v
 
 # %% ../nbs/02_model.ipynb #0cf4a4c7
 class Block(nn.Module):
@@ -84,7 +88,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
         added = self.attention_out(self.attention(self.norm1(x), last))
         x = (x[:, -1:] if last else x) + added
-        hidden = self.neurons(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        hidden = self.neurons(F.gelu(self.up(self.norm2(x))))
         return self.residual(x + self.down(hidden))
 
 # %% ../nbs/02_model.ipynb #65e140fd

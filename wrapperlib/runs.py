@@ -345,7 +345,7 @@ def program(
     store: Store,  # where checkpoints lie
     run: Run,  # a run
 ) -> tuple:
-    "Runs of which this is equal can be trained as one program, if Muon is not in their recipe."
+    "Runs of which this is equal can be trained as one program."
     resume, _ = store.checkpoint(run)
     domain = run.stream.domain
     return run.shape, len(domain.vocabulary), domain.row_length, run.recipe, resume.step if resume else 0
@@ -527,8 +527,6 @@ def _next_group(store, waiting: list[Run], at_once: int) -> list[Run]:
     "Runs that could begin now and be one program; the first the one with the longest chain of work behind it."
     ready = sorted((r for r in waiting if r.start not in waiting), key=lambda r: -_chain(r, waiting))
     first = ready[0]
-    if at_once == 1 or first.recipe.muon:
-        return [first]
     return [r for r in ready if program(store, r) == program(store, first)][:at_once]
 
 

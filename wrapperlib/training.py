@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINE_TUNING', 'Recipe', 'rate', 'parts', 'loss_of', 'Measure', 'accuracy', 'log_spaced', 'pick_device', 'NotFinite',
-           'Progress', 'Trainee', 'Stack', 'optimisers', 'one_step', 'train', 'train_stack', 'seconds_per_step']
+           'Progress', 'Trainee', 'Stack', 'Muon', 'optimisers', 'one_step', 'train', 'train_stack', 'seconds_per_step']
 
 # %% ../nbs/03_training.ipynb #61860017
 import math
@@ -250,31 +250,62 @@ class Stack:
                 p.copy_(self.parameters[name][k])
 
 
+# %% ../nbs/03_training.ipynb #5f391de2
+def _orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    "Matrices, shape (k, m, n), with their singular values brought near 1 by Newton-Schulz iterations in bfloat16."
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    "As `torch.optim.Muon` with `match_rms_adamw`, equally large matrices taken together; parameters have shape (…, m, n)."
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        "Update all parameters."
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            nesterov = torch._foreach_lerp(grads, buffers, momentum)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for shape in sorted({p.shape[-2:] for p in params}):
+                some = [(p, u) for p, u in zip(params, nesterov) if p.shape[-2:] == shape]
+                found = _orthogonal(torch.cat([u.reshape(-1, *shape) for _, u in some]))
+                # as large as AdamW's updates, so that a rate means the same for both
+                for (p, _), update in zip(some, found.split([p[..., 0, 0].numel() for p, _ in some])):
+                    p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
 # %% ../nbs/03_training.ipynb #b75fd90f
 _MOMENTS = dict(adamw=("step", "exp_avg", "exp_avg_sq"), muon=("momentum_buffer",))
 
 
-def _kind(name: str, p: Tensor, recipe: Recipe) -> str:
-    "Which optimiser trains a parameter."
-    return "muon" if recipe.muon and name.startswith("blocks.") and p.dim() == 2 else "adamw"
-
-
 def optimisers(
-    parameters: dict[str, nn.Parameter],  # by name
+    stack: Stack,  # what to train
     recipe: Recipe,  # rates, betas, weight decay
 ) -> dict[str, torch.optim.Optimizer]:
     "AdamW, and with it Muon for the blocks' matrices if the recipe has a rate for it."
-    of = {kind: [p for name, p in parameters.items() if _kind(name, p, recipe) == kind] for kind in _MOMENTS}
-    found = {
-        "adamw": torch.optim.AdamW(
-            of["adamw"], lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-        )
-    }
-    if of["muon"]:
-        # updates as large as AdamW's, so that one rate means the same for both
-        adjust = dict(adjust_lr_fn="match_rms_adamw")
-        found["muon"] = torch.optim.Muon(of["muon"], lr=recipe.muon, weight_decay=recipe.weight_decay, **adjust)
-    return found
+    of = {kind: [] for kind in _MOMENTS}
+    for name, p in stack.parameters.items():
+        of[_kind(stack.models[0], name, recipe)].append(p)
+    decay = dict(weight_decay=recipe.weight_decay)
+    found = {"adamw": torch.optim.AdamW(of["adamw"], lr=recipe.lr, betas=recipe.betas, fused=True, **decay)}
+    return found | ({"muon": Muon(of["muon"], lr=recipe.muon, **decay)} if of["muon"] else {})
+
+
+def _kind(model: nn.Module, name: str, recipe: Recipe) -> str:
+    "Which optimiser trains a parameter."
+    return "muon" if recipe.muon and name.startswith("blocks.") and model.get_parameter(name).dim() == 2 else "adamw"
 
 
 def one_step(
@@ -331,7 +362,6 @@ def train_stack(
 ) -> list[list[dict]]:
     "Train models side by side as one program and return their logs; raises as `train` does."
     device = torch.device(device)
-    check(len(trainees) == 1 or not recipe.muon, "muon", recipe.muon, "0 where several models are trained as one")
     stack, optimisers_, first, logs = _begin(trainees, recipe, device)
     losses = torch.compile(stack.losses) if device.type == "cuda" else stack.losses
     tests = [[(m, m.samples().to(device)) for m in t.measures] for t in trainees]
@@ -350,7 +380,7 @@ def train_stack(
         if report:
             report(step + 1)
         if due:
-            save(_checkpoints(stack, optimisers_, step + 1, logs))
+            save(_checkpoints(stack, optimisers_, recipe, step + 1, logs))
             saved = time.monotonic()
     stack.write_back()
     for model in stack.models:
@@ -393,10 +423,10 @@ def _stop_if(bad: Tensor, recipe: Recipe):
 
 
 # %% ../nbs/03_training.ipynb #487561fb
-def _checkpoints(stack, optimisers_, step: int, logs: list[list[dict]]) -> list[Progress]:
+def _checkpoints(stack, optimisers_, recipe: Recipe, step: int, logs: list[list[dict]]) -> list[Progress]:
     kept = [{} for _ in stack.models]
     for name, p in stack.parameters.items():
-        kind = next(kind for kind, optimiser in optimisers_.items() if p in optimiser.state)
+        kind = _kind(stack.models[0], name, recipe)
         named = {f"model.{name}": p.detach()}
         named |= {f"{kind}.{moment}.{name}": optimisers_[kind].state[p][moment] for moment in _MOMENTS[kind]}
         for k, tensors in enumerate(kept):
@@ -414,10 +444,10 @@ def _begin(trainees, recipe: Recipe, device: torch.device):
             _check_fits(t.resume, t.model, recipe)
             t.model.load_state_dict({name: t.resume.tensors[f"model.{name}"] for name in t.model.state_dict()})
     stack = Stack([t.model for t in trainees])
-    found = optimisers(stack.parameters, recipe)
+    found = optimisers(stack, recipe)
     first = steps.pop()
     for name, p in stack.parameters.items() if first else ():
-        kind = _kind(name, trainees[0].model.get_parameter(name), recipe)
+        kind = _kind(stack.models[0], name, recipe)
         found[kind].state[p] = {
             moment: _stacked([t.resume.tensors[f"{kind}.{moment}.{name}"] for t in trainees]).to(p.device)
             for moment in _MOMENTS[kind]
@@ -431,7 +461,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _check_fits(progress: Progress, model: nn.Module, recipe: Recipe):
-    kinds = {name: _kind(name, p, recipe) for name, p in model.named_parameters()}
+    kinds = {name: _kind(model, name, recipe) for name, _ in model.named_parameters()}
     wanted = {f"model.{name}" for name in kinds}
     wanted |= {f"{kind}.{moment}.{name}" for name, kind in kinds.items() for moment in _MOMENTS[kind]}
     what, allowed = f"{len(progress.tensors)} tensors", "a checkpoint of this very model"
