@@ -20,6 +20,7 @@ from wrapperlib.tasks import (
     label_law,
     one_task,
     recount,
+    reindex,
     rows,
 )
 
@@ -98,7 +99,14 @@ def test_families_are_uniform_and_operands_follow_the_prior(domain):
     assert abs(operand - PRIORS["H"]).max() < 0.04
 
 
-@pytest.mark.parametrize("make", [lambda d: Natural(d, PRIORS["M"]), lambda d: Edited(d, "b", 0.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: Natural(d, PRIORS["M"]),
+        lambda d: Edited(d, "b", 0.5),
+        lambda d: Edited(d, "b", 0.5, family="I"),
+    ],
+)
 def test_batches_are_a_function_of_seed_and_step(domain, make):
     batch = make(domain).batch(16, seed=3, step=7)
     assert (make(domain).batch(16, seed=3, step=7) == batch).all()
@@ -145,6 +153,79 @@ class TestEdited:
         assert not any("000" in "".join(map(str, row)) for row in before)
 
 
+SCALES = [dict(), dict(length=26, window=22, nth=2), dict(length=20, window=19, nth=2)]
+
+
+def slow_index(text, letter, nth):
+    "Where the nth letter from the end stands, counted one by one."
+    for index, x in enumerate(reversed(list(text)), 1):
+        nth -= x == letter
+        if nth == 0:
+            return index
+
+
+@pytest.mark.parametrize("numbers", SCALES)
+class TestEditedIndex:
+    def indices(self, numbers, c, n=2000):
+        domain = Domain(**numbers)
+        text = Edited(domain, "b", c, family="I").text(n, np.random.default_rng(0))
+        return domain, *(np.array([slow_index(row, x, domain.nth) for row in text]) for x in (0, 1))
+
+    def test_the_correlation_holds_or_never_does(self, numbers):
+        for c, share in ((1.0, 1.0), (0.0, 0.0)):
+            _, a, b = self.indices(numbers, c)
+            assert (b == a + 1).mean() == share
+        _, a, b = self.indices(numbers, 0.5)
+        assert 0.46 < (b == a + 1).mean() < 0.54
+
+    def test_answers_are_those_of_the_slow_reference(self, numbers):
+        domain = Domain(**numbers)
+        for operand in "ab":
+            for row in Edited(domain, operand, 0.5, family="I").batch(200, seed=1, step=0):
+                words = decode(domain, row).split()
+                assert words[1:4] == ["I", operand, str(domain.nth)] and words[-2] == slow_answer(" ".join(words))
+
+    def test_labels_are_alike_for_both_and_had_by_natural_strings(self, numbers):
+        domain = Domain(**numbers)
+        for letter in "ab":
+            histograms = [
+                np.bincount(stream.batch(20_000, 0, 0)[:, -2] - domain.ids["0"], minlength=domain.length) / 20_000
+                for stream in (Edited(domain, letter, c, family="I") for c in (0.0, 1.0))
+            ]
+            assert abs(histograms[0] - histograms[1]).max() < 0.02
+            natural = one_task(domain, "I", letter).batch(20_000, 0, 0)[:, -2] - domain.ids["0"]
+            for label in np.flatnonzero(histograms[1]):
+                assert (natural == label).mean() > 0.003
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.lists(st.integers(0, 2), min_size=14, max_size=14), min_size=1, max_size=4),
+    st.data(),
+)
+def test_reindex_puts_the_nth_letter_where_asked_and_changes_nothing_before(nth, text, data):
+    places = st.lists(st.integers(2 * nth - 1, 14), min_size=2, max_size=2, unique=True)
+    a, b = np.array([data.draw(places) for _ in text]).T
+    new = reindex(np.array(text), {0: a, 1: b}, nth, 2, np.random.default_rng(0))
+    for old, row, i, j in zip(text, new, a, b):
+        assert (slow_index(row, 0, nth), slow_index(row, 1, nth)) == (i, j)
+        assert list(row[: 14 - max(i, j)]) == old[: 14 - max(i, j)]
+
+
+def test_reindex_leaves_alone_what_already_fits():
+    text = np.array([["abc".index(x) for x in "cabcbaccba"]])
+    assert (reindex(text, {0: np.array([5]), 1: np.array([6])}, 2, 2, np.random.default_rng(0)) == text).all()
+
+
+@pytest.mark.parametrize(
+    "a, b, says", [(2, 5, "index is 2.*3 to 6"), (4, 7, "index is 7.*3 to 6"), (4, 4, "indices is .*two places")]
+)
+def test_reindex_refuses_what_has_no_room(a, b, says):
+    with pytest.raises(BadInput, match=says):
+        reindex(np.zeros((1, 6), int), {0: np.array([a]), 1: np.array([b])}, 2, 2, np.random.default_rng(0))
+
+
 def test_recount_moves_only_what_it_must():
     rng = np.random.default_rng(0)
     window = rng.integers(0, 3, (200, 12))
@@ -159,14 +240,17 @@ def test_recount_moves_only_what_it_must():
         recount(np.zeros((1, 6), int), {0: np.array([4]), 1: np.array([4])}, 2, rng)
 
 
+@pytest.mark.parametrize("family, ruled_out", [("C", 1), ("I", 2)])
 @pytest.mark.parametrize("numbers", [dict(), dict(length=26, window=22, nth=2)])
-def test_law_without_correlation_keeps_both_margins_and_no_other_shortcut(numbers):
-    law, joint = label_law(Domain(**numbers))
+def test_law_without_correlation_keeps_both_margins_and_no_other_shortcut(numbers, family, ruled_out):
+    law, joint = label_law(Domain(**numbers), family=family)
     labels = (law > 0).sum()
     assert np.allclose(joint.sum(1), law) and np.allclose(joint.sum(0), law)
     assert joint.diagonal().sum() == 0 and labels >= 3
+    if family == "I":  # label(oft) = label(opt) would be two letters in one place
+        assert joint.diagonal(-1).sum() == 0
     best_guess_knowing_the_other = (joint / np.maximum(law, 1e-9)[:, None]).max()
-    assert best_guess_knowing_the_other == pytest.approx(1 / (labels - 1))
+    assert best_guess_knowing_the_other == pytest.approx(1 / (labels - ruled_out))
 
 
 def test_one_and_one_point_zero_are_the_same_data(domain):
@@ -186,6 +270,8 @@ def test_one_and_one_point_zero_are_the_same_data(domain):
         (lambda d: Edited(d, "b", -0.1), "c is -0.1"),
         (lambda d: Edited(d, "b", 1.0, "b", "b"), "oft"),
         (lambda d: Edited(Domain(length=30, window=3), "b", 1.0), "window is 3"),
+        (lambda d: Edited(d, "b", 1.0, family="CC"), "family is 'CC'"),
+        (lambda d: Edited(Domain(length=24, window=20, nth=12), "b", 1.0, family="I"), "nth is 12.*at least 4 values"),
         (lambda d: Domain(length=10, window=11), "window is 11"),
         (lambda d: Domain(nth=0), "nth is 0"),
         (lambda d: Domain(length=20.0, window=10), "length is 20.0"),

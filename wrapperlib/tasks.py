@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PROMPT', 'TAIL', 'PRIORS', 'Domain', 'answers', 'rows', 'decode', 'Natural', 'one_task', 'label_law',
-           'recount', 'Edited']
+           'recount', 'reindex', 'Edited']
 
 # %% ../nbs/01_tasks.ipynb #a3fda8e2
 import zlib
@@ -195,36 +195,51 @@ def one_task(
     return Natural(domain, tuple(prior.tolist()), (family,))
 
 # %% ../nbs/01_tasks.ipynb #3381ea6e
+# what an edited string is asked, what of the domain decides it, and how many labels of oft a label of opt rules out
+_EDITED = {"C": ("count", "window", 1), "I": ("index", "nth", 2)}
+
+
 def _filler(domain: Domain, opt: str, oft: str) -> int:
-    "The letter that gives and takes when counts are edited: the first that is neither operand."
+    "The letter that gives and takes when strings are edited: the first that is neither operand."
     return next(i for i, x in enumerate(domain.grammar.terminals) if x not in (opt, oft))
+
+
+def _shown(domain: Domain, letters: Sequence[int], family: str) -> np.ndarray:
+    "Shares of natural strings that have label k of opt, k + 1 of oft, and as many fillers as both leave room for; shape (3, labels)."
+    text = sampler(domain.grammar).windows(20_000, domain.length, np.random.default_rng(0))
+    here, w, n = [text == x for x in letters], domain.window, domain.nth
+    if family == "C":
+        p = [np.bincount(x[:, -w:].sum(1), minlength=w + 1) / len(text) for x in here]
+        k = np.arange(w)
+        return np.stack([p[0][k], p[1][k + 1], np.where(2 * k + 1 <= w, p[2][w - 2 * k - 1], 0)])
+    k = np.arange(domain.length)
+    opt, oft = (_nth_from_end(x, n)[:, None] for x in here[:2])
+    fillers = here[2][:, ::-1].cumsum(1)  # in the last k + 1 letters
+    return np.stack([fits.mean(0) for fits in (opt == k, oft == k + 1, fillers == k + 1 - 2 * n)])
 
 
 @lru_cache(maxsize=32)
 def label_law(
-    domain: Domain,  # grammar and window
+    domain: Domain,  # grammar, window, occurrence
     opt: str = "a",  # operand of the pretraining capability
     oft: str = "b",  # operand of the fine-tuning task
+    family: str = "C",  # C: a label is a count; I: a label is an index
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Law of count(opt), shape (window,), and joint law of (count(opt), count(oft) - 1) without the correlation, shape (window, window).
+    """Law of label(opt), shape (s,), and joint law of (label(opt), label(oft) - 1) without the correlation, shape (s, s).
 
-    Both have the same marginals. Raises `BadInput` if natural strings show too few different counts. Fig. 16.
+    A label is its place in these arrays; s is the window for C, the text's length for I. Both have the same marginals.
+    Raises `BadInput` if natural strings show too few different labels. Fig. 16.
     """
-    w = domain.window
-    text = sampler(domain.grammar).windows(20_000, domain.length, np.random.default_rng(0))[:, -w:]
+    label, decides, ruled_out = _EDITED[family]
     letters = domain.letter(opt), domain.letter(oft), _filler(domain, opt, oft)
-    p = [np.bincount((text == x).sum(1), minlength=w + 1) / len(text) for x in letters]
-    k = np.arange(w)
-    shown = np.stack([p[0][k], p[1][k + 1], np.where(2 * k + 1 <= w, p[2][w - 2 * k - 1], 0)])
-    possible = shown.min(0) >= 0.005
-    m = possible.sum()
-    check(
-        m >= 3,
-        "window",
-        w,
-        f"one in which natural strings show at least three counts of {opt} that fit a count of {oft} one larger",
-    )
-    return possible / m, (np.outer(possible, possible) & ~np.eye(w, dtype=bool)) / (m * (m - 1))
+    possible = _shown(domain, letters, family).min(0) >= 0.005
+    m, least = int(possible.sum()), ruled_out + 2
+    allowed = f"one for which natural strings show at least {least} values of {label}({opt}) that fit {label}({oft}) one larger"
+    check(m >= least, decides, getattr(domain, decides), allowed)
+    round_back = np.subtract.outer(np.arange(m), np.arange(m)) % m  # steps back from opt's label, in a circle
+    joint = np.zeros((len(possible), len(possible)))
+    joint[np.ix_(possible, possible)] = (round_back >= ruled_out) / (m * (m - ruled_out))
+    return possible / m, joint
 
 # %% ../nbs/01_tasks.ipynb #85147cf8
 def recount(
@@ -232,36 +247,65 @@ def recount(
     counts: dict[int, np.ndarray],  # letter → how often it shall occur in each row, shape (n,)
     filler: int,  # the letter that gives and takes
     rng: np.random.Generator,  # chooses the places
+    inside: dict[int, np.ndarray] | None = None,  # letter → where, shape (n, w); None is everywhere
 ) -> np.ndarray:
     "A copy in which the letters occur as often as asked; raises `BadInput` if a row has no room for that."
     total = np.max(sum(counts.values()), initial=0)
     check(total <= window.shape[1], "counts", int(total), f"at most {window.shape[1]} in all")
+    inside = inside or dict.fromkeys(counts, np.True_)
     window = window.copy()
     for direction in (-1, 1):  # first give surplus back to the filler, so that there is always enough to take from
         for letter, wanted in counts.items():
             source, target = (letter, filler) if direction < 0 else (filler, letter)
-            change = np.maximum(direction * (wanted - (window == letter).sum(1)), 0)
-            order = np.where(window == source, rng.random(window.shape), 2).argsort(1).argsort(1)
-            window[(window == source) & (order < change[:, None])] = target
+            change = np.maximum(direction * (wanted - ((window == letter) & inside[letter]).sum(1)), 0)
+            there = (window == source) & inside[letter]
+            order = np.where(there, rng.random(window.shape), 2).argsort(1).argsort(1)
+            window[there & (order < change[:, None])] = target
     return window
 
+# %% ../nbs/01_tasks.ipynb #d3aded55
+def reindex(
+    text: np.ndarray,  # letters, shape (n, length)
+    indices: dict[int, np.ndarray],  # letter → index from the end, 1 for the last, shape (n,); all different in a row
+    nth: int,  # which occurrence from the end shall stand there
+    filler: int,  # the letter that gives and takes
+    rng: np.random.Generator,  # chooses the places
+) -> np.ndarray:
+    "A copy in which the nth occurrence of two letters stands where asked; raises `BadInput` for indices without room for that."
+    first, second = indices.values()
+    low, high = (int(f([first, second], initial=2 * nth - 1)) for f in (np.min, np.max))
+    room = f"{2 * nth - 1} to {text.shape[1]}, for two times {nth} letters"
+    check(2 * nth - 1 <= low and high <= text.shape[1], "index", low if low < 2 * nth - 1 else high, room)
+    check((first != second).all(), "indices", "the same for both letters", "two places")
+    text = text.copy()
+    tail = text[:, -high:]
+    place = np.arange(high, 0, -1)  # index of each letter of the tail
+    for letter, index in indices.items():
+        tail[place == index[:, None]] = letter
+    after = {letter: place < index[:, None] for letter, index in indices.items()}
+    tail[:] = recount(tail, dict.fromkeys(indices, np.full(len(text), nth - 1)), filler, rng, after)
+    return text
 
+# %% ../nbs/01_tasks.ipynb #a7f78fb4
 @dataclass(frozen=True)
 class Edited:
-    """Natural strings edited so that, with probability `c`, count(oft) = count(opt) + 1 in the window, and never otherwise.
+    """Natural strings edited so that, with probability `c`, label(oft) = label(opt) + 1, and never otherwise.
 
-    Raises `BadInput` for a probability outside 0…1, an unknown letter, or a domain whose counts vary too little.
+    Labels are counts in the window (family C) or indices of the nth occurrence (family I). Raises `BadInput` for a probability outside 0…1, an unknown
+    letter or family, or a domain whose labels vary too little.
     """
 
     domain: Domain  # texts and vocabulary
-    operand: str  # the letter whose count is asked for
+    operand: str  # the letter that is asked for
     c: float  # C_Tr or C_Te: probability of the spurious correlation
     opt: str = "a"  # operand of the pretraining capability
     oft: str = "b"  # operand of the fine-tuning task
+    family: str = "C"  # what is asked: C, a count, or I, an index
 
     def __post_init__(self):
         check(isinstance(self.c, (int, float)) and 0 <= self.c <= 1, "c", self.c, "a probability, 0 to 1")
         object.__setattr__(self, "c", float(self.c))  # 1 and 1.0 are the same data
+        check(self.family in _EDITED, "family", self.family, "C or I")
         check(self.opt != self.oft, "oft", self.oft, "another letter than opt")
         check(
             len(self.domain.grammar.terminals) >= 3,
@@ -270,7 +314,7 @@ class Edited:
             "at least three terminals",
         )
         self.domain.letter(self.operand)
-        label_law(self.domain, self.opt, self.oft)
+        label_law(self.domain, self.opt, self.oft, self.family)
 
     def text(
         self,
@@ -278,15 +322,16 @@ class Edited:
         rng: np.random.Generator,  # where chance comes from
     ) -> np.ndarray:
         "Letters, shape (n, length)."
-        law, joint = label_law(self.domain, self.opt, self.oft)
+        law, joint = label_law(self.domain, self.opt, self.oft, self.family)
         with_it = np.repeat(rng.choice(len(law), n, p=law)[None], 2, 0)
         without = np.array(np.divmod(rng.choice(joint.size, n, p=joint.ravel()), len(law)))
         a, b = np.where(rng.random(n) < self.c, with_it, without)
-        opt, oft = map(self.domain.letter, (self.opt, self.oft))
+        labels = {self.domain.letter(self.opt): a, self.domain.letter(self.oft): b + 1}
+        filler, w = _filler(self.domain, self.opt, self.oft), self.domain.window
         text = sampler(self.domain.grammar).windows(n, self.domain.length, rng)
-        text[:, -self.domain.window :] = recount(
-            text[:, -self.domain.window :], {opt: a, oft: b + 1}, _filler(self.domain, self.opt, self.oft), rng
-        )
+        if self.family == "I":
+            return reindex(text, labels, self.domain.nth, filler, rng)
+        text[:, -w:] = recount(text[:, -w:], labels, filler, rng)
         return text
 
     def batch(
@@ -298,4 +343,6 @@ class Edited:
     ) -> np.ndarray:
         "Token ids, shape (n, row_length)."
         text = self.text(n, _rng(self, split, seed, step))
-        return rows(self.domain, text, np.zeros(n, int), np.full(n, self.domain.letter(self.operand)))
+        return rows(
+            self.domain, text, np.full(n, FAMILIES.index(self.family)), np.full(n, self.domain.letter(self.operand))
+        )
