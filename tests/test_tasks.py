@@ -1,5 +1,7 @@
 "Answers against an independent slow reference, and what edited strings promise."
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from wrapperlib.tasks import (
     PRIORS,
     PROMPT,
     TAIL,
+    Curriculum,
     Domain,
     Edited,
     Natural,
@@ -286,3 +289,16 @@ def test_one_and_one_point_zero_are_the_same_data(domain):
 def test_bad_input_is_named(domain, make, says):
     with pytest.raises(BadInput, match=says):
         make(domain)
+
+
+def test_a_curriculum_is_one_stream_and_then_the_other(domain):
+    counting, all_ = Natural(domain, PRIORS["H"], ("C",)), Natural(domain, PRIORS["H"])
+    lessons = Curriculum(counting, 3, all_)
+    for step in range(6):
+        expected = (counting if step < 3 else all_).batch(8, 5, step)
+        assert (lessons.batch(8, 5, step) == expected).all()
+    assert lessons.domain == domain
+    with pytest.raises(BadInput, match="until is 0"):
+        Curriculum(counting, 0, all_)
+    with pytest.raises(BadInput, match="domain is"):
+        Curriculum(counting, 3, Natural(replace(domain, nth=3), PRIORS["H"]))
