@@ -78,7 +78,7 @@ def _autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-_PART = 4096  # tokens
+_PART = 2048  # tokens; measured on the paper's shape: 2048 takes 4 % less time than 4096, 1024 takes 20 % more
 
 
 def parts(
