@@ -233,17 +233,15 @@ def _filler(domain: Domain, opt: str, oft: str) -> int:
 
 
 def _shown(domain: Domain, letters: Sequence[int], family: str) -> np.ndarray:
-    "Shares of natural strings that have label k of opt, k + 1 of oft, and as many fillers as both leave room for; shape (3, labels)."
+    "Share of natural strings that look like one with label k of opt and k + 1 of oft, for k = 0, 1, …; shape (labels,)."
     text = sampler(domain.grammar).windows(20_000, domain.length, np.random.default_rng(0))
-    here, w, n = [text == x for x in letters], domain.window, domain.nth
-    if family == "C":
-        p = [np.bincount(x[:, -w:].sum(1), minlength=w + 1) / len(text) for x in here]
-        k = np.arange(w)
-        return np.stack([p[0][k], p[1][k + 1], np.where(2 * k + 1 <= w, p[2][w - 2 * k - 1], 0)])
-    k = np.arange(domain.length)
-    opt, oft = (_nth_from_end(x, n)[:, None] for x in here[:2])
-    fillers = here[2][:, ::-1].cumsum(1)  # in the last k + 1 letters
-    return np.stack([fits.mean(0) for fits in (opt == k, oft == k + 1, fillers == k + 1 - 2 * n)])
+    here, w = [text == x for x in letters], domain.window
+    if family == "I":
+        opt, oft = (_nth_from_end(x, domain.nth) for x in here[:2])
+        return np.bincount(opt[(opt > 0) & (oft == opt + 1)], minlength=domain.length) / len(text)
+    p = [np.bincount(x[:, -w:].sum(1), minlength=w + 1) / len(text) for x in here]
+    k = np.arange(w)  # the rarest of three counts: those of opt, oft, and the filler, which has the rest
+    return np.stack([p[0][k], p[1][k + 1], np.where(2 * k + 1 <= w, p[2][w - 2 * k - 1], 0)]).min(0)
 
 
 @lru_cache(maxsize=32)
@@ -260,7 +258,7 @@ def label_law(
     """
     label, decides, ruled_out = _EDITED[family]
     letters = domain.letter(opt), domain.letter(oft), _filler(domain, opt, oft)
-    possible = _shown(domain, letters, family).min(0) >= 0.005
+    possible = _shown(domain, letters, family) >= 0.005
     m, least = int(possible.sum()), ruled_out + 2
     allowed = f"one for which natural strings show at least {least} values of {label}({opt}) that fit {label}({oft}) one larger"
     check(m >= least, decides, getattr(domain, decides), allowed)
