@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from wrapperlib import training
 from wrapperlib.checks import BadInput
 from wrapperlib.model import GPT, Shape, read, site_names
-from wrapperlib.protocols import SCALES, fine_tuning, pretraining, reverse
+from wrapperlib.protocols import SCALES, estimate, fine_tuning, pretraining, reverse, revival_plan
+from wrapperlib.runs import Store
 from wrapperlib.tasks import PRIORS, Domain, Edited, Natural, one_task
 from wrapperlib.training import (
     FINE_TUNING,
@@ -327,3 +329,33 @@ def test_sites_read_the_same_on_cuda(domain, shape):
     ours = read(model, ids, site_names(model))
     theirs = read(model.cuda(), ids.cuda(), site_names(model))
     assert all(torch.allclose(ours[name], theirs[name].cpu(), atol=1e-4) for name in ours)
+
+
+@pytest.mark.gpu
+def test_a_stack_outruns_its_models_on_cuda(tmp_path, capsys):
+    "Eight fine-tunings at the paper's shape as one program against one after another, and what the paper's whole revival grid costs."
+    scale, steps = SCALES["paper"], 30
+    runs_ = [fine_tuning(scale, pretraining(scale, "H", seed), 1.0) for seed in range(8)]
+    recipe = replace(runs_[0].recipe, steps=steps)
+
+    def seconds(groups):
+        began = None
+        for group in groups:
+            done = []
+
+            def stamp(step, done=done):
+                torch.cuda.synchronize()
+                done.append(time.perf_counter())
+
+            some = [Trainee(run.fresh_model(), run.stream, (run.seed, run.data)) for run in group]
+            train_stack(some, recipe, "cuda", report=stamp)
+            began = (began or 0) + done[-1] - done[9]  # compilation is over by then
+        return began
+
+    alone, together = seconds([[run] for run in runs_]), seconds([runs_])
+    hours = estimate(Store(tmp_path), revival_plan(scale, seeds=3), "cuda")
+    with capsys.disabled():
+        print(
+            f"\none program of 8: {alone / together:.2f} times as fast; the revival grid with 3 seeds: {hours:.0f} GPU hours one by one"
+        )
+    assert alone > together

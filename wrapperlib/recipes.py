@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -22,7 +23,7 @@ from .checks import check
 from .model import GPT, Attention
 from .protocols import FAST, SCALES, Scale, pretraining
 from .runs import cores
-from .tasks import FAMILIES, PRIORS, Curriculum, Natural
+from .tasks import PRIORS, Natural
 from .training import Measure, Recipe, accuracy, train
 
 # %% ../nbs/15_recipes.ipynb #a048cfc7
@@ -157,10 +158,8 @@ def trial(
         if min(found.values()) >= level:
             raise _Arrived
 
-    try:
+    with suppress(_Arrived):
         train(model, stream, recipe, (seed, 0), report=report)
-    except _Arrived:
-        pass
     return pd.DataFrame(rows).assign(recipe=name, seed=seed, steps=recipe.steps)
 
 
