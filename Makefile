@@ -8,12 +8,16 @@ OUT ?= outputs
 
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: revival test bench export setup
+BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
+
+.PHONY: revival test bench export setup $(BENCHES)
+.NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
 
@@ -35,8 +39,15 @@ endef
 revival: $(READY)
 	$(call run,exp_revival,$(OUT)/exp_revival/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p out '$(OUT)')
 
-bench: $(READY)
-	$(call run,bench_data,$(OUT)/bench_data,-p out '$(OUT)')
+# Only the benchmarks need what they compare with; `make bench_step` runs one of them.
+$(PEERS): $(READY)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCHES)
+
+$(BENCHES): $(PEERS)
+	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
 
 test: $(READY)
 	$(BIN)/ruff check .

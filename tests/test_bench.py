@@ -1,28 +1,135 @@
-"The benchmark notebook, as `make bench` runs it."
+"The benchmarks: their room against oracles, and the notebooks as `make bench` runs them, at sizes that mean nothing."
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import REPO
+from wrapperlib import bench, protocols
+from wrapperlib.checks import BadInput
+from wrapperlib.training import FINE_TUNING, Recipe, loss_of, train
+
+SMOKE = protocols.pretraining(protocols.SCALES["smoke"], "H")
 
 
-def test_the_benchmark_leaves_its_table(tmp_path):
-    notebook = str(REPO / "nbs" / "bench_data.ipynb")
+def test_rounds_begin_with_another_meter_each_and_the_first_is_not_counted():
+    asked = []
+
+    def meter(name, seconds):
+        return lambda: asked.append(name) or next(seconds)
+
+    meters = dict(a=meter("a", iter([100.0, 1, 2, 3, 4, 5])), b=meter("b", iter([100.0, 2, 4, 6, 8, 10])))
+    seconds = bench.in_turn(meters, repeats=5)
+    assert "".join(asked) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
+    assert list(seconds["b"] / seconds["a"]) == [2.0] * 5
+
+
+def test_a_meter_counts_what_the_work_says_it_did(monkeypatch):
+    clock = iter(range(0, 1000, 3))  # every look at it is three seconds later
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.timed(lambda: 6.0, at_least=9)() == 9 / 18
+    assert bench.timed(lambda: None, at_least=1)() == 3
+
+
+def test_a_row_is_median_and_range_and_its_target_is_met_by_the_median():
+    at_least = bench.row("ours", "theirs", [1.0, 3.0, 1.3, 1.1, 1.2], ">= 1.2")
+    assert list(at_least.values()) == ["ours", "theirs", 1.2, 1.0, 3.0, ">= 1.2", 5]
+    at_most = bench.row("ours", "theirs", [1.0, 3.0, 1.3, 1.1, 1.2], "<= 1.1")
+    table = pd.DataFrame([at_least, at_most, bench.row("ours", "theirs", [1.0] * 5)])
+    assert list(bench.met(table)) == ["yes", "no", ""]
+    with pytest.raises(BadInput, match="above 0"):
+        bench.row("ours", "theirs", [1.0, 0.0])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(batch=4, answer=2.0), replace(FINE_TUNING, batch=4)], ids=["all", "answer"])
+def test_the_flops_of_a_step_are_those_that_torch_counts(domain, shape, recipe):
+    stream = replace(SMOKE.stream, domain=domain)
+    run = replace(SMOKE, stream=stream, recipe=recipe, shape=replace(shape, blocks=3))
+    model, ids = run.fresh_model(), torch.from_numpy(stream.batch(recipe.batch, 0, 0))
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, ids, recipe).backward()
+    counted = {str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()}
+    needed = bench.matmul_flops(run)
+    assert counted["mm"] + counted["addmm"] == needed["linear"]
+    # short samples compute whole squares of attention, of which the half that looks ahead is not needed
+    t = ids.shape[1] - (1 if recipe.sequence else 2)
+    squares = 3 if recipe.sequence else 2
+    rest = 0 if recipe.sequence else 2 * t
+    per_pair = 3 * 2 * run.shape.width * recipe.batch
+    assert counted["bmm"] == per_pair * (squares * 2 * t * t + rest)
+    assert needed["attention"] == per_pair * (squares * t * (t + 1) + rest)
+
+
+def test_a_step_is_the_loops_step():
+    run = replace(SMOKE, recipe=replace(SMOKE.recipe, steps=3))
+    model = run.fresh_model()
+    train(model, run.stream, run.recipe, (run.seed, run.data))
+    step = bench.Step(run, fresh=True)
+    for _ in range(3):
+        step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), step.stack.parameters.values()))
+
+
+@pytest.mark.parametrize("length", [26, 80], ids=["short samples", "fused attention"])
+def test_memory_is_what_one_computes(length):
+    domain = replace(SMOKE.stream.domain, length=length)
+    places = bench.memory(replace(SMOKE, stream=replace(SMOKE.stream, domain=domain)))
+    assert (places["measured"] / places["computed"]).between(0.97, 1.05).all()
+
+
+def test_a_crew_takes_steps_and_leaves():
+    with bench.Crew(SMOKE, 2, stretch=0.05) as crew:
+        assert 0 < crew() < 1
+        members = [member for member, _ in crew.members]
+    assert all(member.exitcode == 0 for member in members)
+
+
+def test_figures_show_every_row_and_say_in_words_what_is_not_met():
+    rows = [bench.row("ours", f"peer {k}", [0.5, 1.0 + k], target) for k, target in enumerate([">= 1.2", "<= 9", ""])]
+    [axes] = bench.ratios(pd.DataFrame(rows), "all").axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"ours\nagainst peer {k}" for k in range(3)]
+    said = [t.get_text() for t in axes.texts]
+    assert sum("not met" in text for text in said) == 1 and sum(text in "[]" for text in said) == 2
+    points = pd.DataFrame(dict(panel="width", series="a step", size=[1.0, 2, 4] * 2, seconds=[1.0, 4, 16] * 2))
+    [panel] = bench.growth(points, "growth").axes
+    assert [t.get_text() for t in panel.get_legend().get_texts()] == ["a step: width^2.00"]
+    assert np.allclose(bench.exponents([1, 2, 4], pd.DataFrame([[1.0, 4, 16]] * 3)), 2)
+
+
+TINY = {
+    "bench_data": (dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
+    "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
+    "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_benchmark_leaves_its_table(name, tmp_path):
+    parameters, figures, peers, length = TINY[name]
+    for peer in peers:
+        pytest.importorskip(peer)
+    given = [x for k, v in (parameters | dict(repeats=5, milliseconds=5)).items() for x in ("-p", k, str(v))]
+    notebook = str(REPO / "nbs" / f"{name}.ipynb")
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", "-p", "repeats", "5"],
+        [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", *given],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    place = tmp_path / "outputs" / "bench_data"
+    place = tmp_path / "outputs" / name
     table = pd.read_csv(place / "results.csv")
-    assert list(table.columns) == ["what", "against", "ratio", "low", "high", "target", "repeats"]
-    assert (
-        len(table) == 6 and (table["repeats"] == 5).all() and table["ratio"].between(table["low"], table["high"]).all()
-    )
-    assert {p.name for p in place.iterdir()} == {"results.csv", "ratios.png", "ratios.svg", "provenance.json"}
-    assert json.loads((place / "provenance.json").read_text())["parameters"]["repeats"] == 5
+    assert list(table.columns) == bench.COLUMNS and table["ratio"].between(table["low"], table["high"]).all()
+    assert length in (None, len(table)) and set(table["repeats"]) <= {5, 1}
+    drawn = {f"{figure}.{kind}" for figure in figures for kind in ("png", "svg")}
+    assert {p.name for p in place.iterdir()} == {"results.csv", "provenance.json", *drawn}
+    about = json.loads((place / "provenance.json").read_text())
+    assert about["parameters"]["repeats"] == 5
+    assert all(peak > 1e8 for peak in about["matmul_peak"].values()) and about["processor"]

@@ -3,53 +3,24 @@
 import pytest
 import torch
 
+from wrapperlib import bench
 from wrapperlib.checks import BadInput
 from wrapperlib.model import GPT, Shape, change, read, site_names
 
 
-def test_logits_are_those_of_hugging_face_gpt2():
-    transformers = pytest.importorskip("transformers")
-    shape = Shape(blocks=3, heads=4, width=32)
-    ours = GPT(vocabulary=50, context=40, shape=shape, seed=3).eval()
+@pytest.mark.parametrize("who, other", [("transformers", "as_gpt2"), ("transformer_lens", "as_hooked")])
+def test_logits_are_those_of_other_implementations(who, other):
+    pytest.importorskip(who)
+    ours = GPT(vocabulary=50, context=40, shape=Shape(blocks=3, heads=4, width=32), seed=3).eval()
     with torch.no_grad():  # biases and norms start at 0 and 1; make them count
         for p in ours.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    config = transformers.GPT2Config(
-        vocab_size=50,
-        n_positions=40,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        tie_word_embeddings=False,
-        attn_pdrop=0,
-        embd_pdrop=0,
-        resid_pdrop=0,
-        activation_function="gelu",
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    names = {"token": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"}
-    parts = {
-        "norm1": "ln_1",
-        "norm2": "ln_2",
-        "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj",
-        "up": "mlp.c_fc",
-        "down": "mlp.c_proj",
-    }
-    names |= {
-        f"blocks.{i}.{ours_}": f"transformer.h.{i}.{theirs_}" for i in range(3) for ours_, theirs_ in parts.items()
-    }
-    weights = {}
-    for name, p in ours.named_parameters():
-        module, _, kind = name.rpartition(".")
-        # GPT-2's Conv1D keeps its matrix transposed
-        weights[f"{names[module]}.{kind}"] = p.T if kind == "weight" and ".c_" in names[module] else p
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected and all(m.endswith((".attn.bias", ".attn.masked_bias")) for m in missing)
+    theirs = getattr(bench, other)(ours).eval()
     ids = torch.randint(0, 50, (4, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-5)
+        logits = theirs(ids)
+        assert torch.allclose(ours(ids), getattr(logits, "logits", logits), atol=1e-5)
 
 
 def test_paper_shape_has_about_three_million_parameters():
