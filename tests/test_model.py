@@ -5,7 +5,7 @@ import torch
 
 from wrapperlib import bench
 from wrapperlib.checks import BadInput
-from wrapperlib.model import GPT, Shape, change, read, site_names
+from wrapperlib.model import GPT, Shape, change, linear, read, site_names
 
 
 @pytest.mark.parametrize("who, other", [("transformers", "as_gpt2"), ("transformer_lens", "as_hooked")])
@@ -101,3 +101,26 @@ def test_the_future_is_not_seen(model, ids):
 def test_bad_input_is_named(bad, says):
     with pytest.raises(BadInput, match=says):
         bad()
+
+
+@pytest.mark.parametrize("rows", [(7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("inputs, outputs", [(8, 24), (24, 8), (16, 16)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_maps_are_pytorchs(rows, inputs, outputs, biased):
+    chance = torch.Generator().manual_seed(0)
+    shapes = [(*rows, inputs), (outputs, inputs), (outputs,)][: 2 + biased]
+    found = []
+    for f in (linear, torch.nn.functional.linear):
+        given = [torch.randn(s, generator=chance.manual_seed(i)).requires_grad_() for i, s in enumerate(shapes)]
+        out = f(*given)
+        (out * torch.arange(out.numel()).view(out.shape)).sum().backward()
+        found.append([out, *(x.grad for x in given)])
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-3) for x, y in zip(*found))
+    assert all(x.shape == y.shape for x, y in zip(*found))
+
+
+def test_linear_maps_in_other_precisions_are_pytorchs_very_own():
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x.float(), weight.float()).dtype == torch.bfloat16
