@@ -78,11 +78,16 @@ def top(
     k: int,  # how many
 ) -> Units:
     "The k units with the highest scores, True where chosen. Raises `BadInput` for more units than there are."
+    _check_k(k, sum(x.numel() for x in scores.values()))
+    return {name: x < k for name, x in _ranks(scores).items()}
+
+
+def _ranks(scores: Units) -> Units:
+    "The place of each unit among all: 0 for the highest score."
     flat = torch.cat([x.flatten() for x in scores.values()])
-    _check_k(k, len(flat))
-    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    chosen[flat.argsort(descending=True, stable=True)[:k]] = True
-    parts = chosen.split([x.numel() for x in scores.values()])
+    ranks = torch.empty_like(flat, dtype=torch.long)
+    ranks[flat.argsort(descending=True, stable=True)] = torch.arange(len(flat), device=flat.device)
+    parts = ranks.split([x.numel() for x in scores.values()])
     return {name: part.view_as(x) for (name, x), part in zip(scores.items(), parts)}
 
 
@@ -176,10 +181,10 @@ def sweep(
     for way in ways:
         _way("way", way)
     check(unit == "row" or "mean" not in ways, "way", "mean", "top or random for single weights")
-    found, rows = scores(model, ids, unit, loss), []
+    ranks, rows = _ranks(scores(model, ids, unit, loss)), []
     means = row_means(model, ids[:, :-2]) if "mean" in ways else None
     for k in ks:
-        chosen = top(found, k)
+        chosen = {name: x < k for name, x in ranks.items()}
         for way in ways:
             units = at_random(chosen, seed) if way == "random" else chosen
             with pruned(model, units, means if way == "mean" else None), torch.no_grad():
