@@ -42,7 +42,7 @@ class Scale:
 
 _RATES = ("η_L", "η_M", "η_S")
 
-# what makes a capability appear soonest, see bench_capability
+# the recipe by which a capability appears soonest, see bench_capability
 FAST = dict(
     pretraining=Recipe(steps=800, lr=1e-3, muon=5e-3, warmup=0.02, answer=4.0), first=("C", "CC", "I"), first_share=0.4
 )
@@ -69,8 +69,8 @@ SCALES = {
             dict(zip(_RATES, (1e-2, 3e-3, 1e-3))),
             64,
         ),
-        replace(_DESK, **FAST),
-        replace(_DESK, name="desk_paper"),
+        _DESK,
+        replace(_DESK, name="desk_fast", **FAST),
         Scale("paper", Domain(), Shape(), Recipe(), FINE_TUNING, dict(zip(_RATES, (1e-4, 1e-5, 1e-6))), 1024),
     )
 }
