@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['REVIVAL_CLAIMS', 'Value', 'interval', 'at_end', 'steps_to', 'area', 'NotMeasured', 'OneSeed', 'Claim', 'judge',
-           'judge_all', 'judge_revival', 'verdict_table', 'thresholds']
+           'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'paper_tables', 'beside_paper', 'table_to_read',
+           'behavior_claims', 'pruning_claims', 'probing_claims', 'judge_each']
 
 # %% ../nbs/11_claims.ipynb #804c6369
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -116,12 +118,13 @@ class OneSeed:
         protocol: str,  # pretraining, scr, fine_tuning, reft or scr_ft
         metric: str,  # acc_opt or acc_oft
         c_te: float = 0.0,  # share of test strings with the spurious correlation
-        **labels,  # further columns; `rate` is the name of the way back's
+        **labels,  # further columns; `rate` is the name of the way back's, `ft_rate` that of fine-tuning's
     ) -> pd.DataFrame:
         "The rows of one curve; raises `NotMeasured`."
         labels = dict(protocol=protocol, metric=metric, c_te=c_te, **labels)
-        if "rate" in labels:
-            labels["re_lr"] = self.rates[labels.pop("rate")]
+        for name, column in dict(rate="re_lr", ft_rate="ft_lr").items():
+            if name in labels:
+                labels[column] = self.rates[labels.pop(name)]
         rows = self.table
         for column, value in labels.items():
             rows = rows[rows[column] == value]
@@ -132,6 +135,31 @@ class OneSeed:
     def end(self, *what, **labels) -> Value:
         "Accuracy at the end of a curve."
         return at_end(self.curve(*what, **labels), self.samples)
+
+    def before(self, metric: str, prior: str, c_te: float = 0.0) -> Value:
+        "Accuracy before fine-tuning, the same for each fine-tuning from that prior."
+        curve = self.curve("fine_tuning", metric, c_te, prior=prior).sort_values("step")
+        return _accuracy(float(curve["value"].iloc[0]), self.samples)
+
+    def tuned(self, metric: str, prior: str, rate: str, c_tr: float = 1.0, c_te: float = 0.0, **labels) -> Value:
+        "Accuracy after a fine-tuning, or what an analysis of that model found."
+        return self.end("fine_tuning", metric, c_te, prior=prior, c_tr=c_tr, ft_rate=rate, **labels)
+
+    def profile(self, protocol: str, metric: str = "accuracy", operand: str = "a", **labels) -> dict[str, Value]:
+        "What probes read, by site, without the one before the first block, where no prompt differs from another."
+        curve = self.curve(protocol, metric, operand=operand, **labels)
+        curve = curve[curve["site"] != "embed"]
+        return {site: _accuracy(float(p), self.samples) for site, p in zip(curve["site"], curve["value"])}
+
+    def best(self, *what, **labels) -> Value:
+        "The highest of a profile."
+        return max(self.profile(*what, **labels).values(), key=lambda v: v.value)
+
+    def drop(self, prior: str, rate: str) -> Value:
+        "The largest loss over sites that fine-tuning with C_Tr = 1 means for what probes read about O_PT."
+        now = self.profile("fine_tuning", prior=prior, c_tr=1.0, ft_rate=rate)
+        was = self.profile("pretraining", prior=prior)
+        return max((was[site] - now[site] for site in now), key=lambda v: v.value)
 
     def knows_both(
         self,
@@ -400,7 +428,7 @@ def judge_revival(
     samples: int,  # test samples of a measure
 ) -> list[dict]:
     "The claims of the revival figure, each over all seeds."
-    return judge_all(REVIVAL_CLAIMS, [OneSeed(t, rates, samples) for _, t in table.groupby("seed")])
+    return judge_each(REVIVAL_CLAIMS, table, rates, samples)
 
 # %% ../nbs/11_claims.ipynb #49a06db6
 def verdict_table(
@@ -441,3 +469,341 @@ def thresholds(
         for c in claims
     ]
     return pd.DataFrame(rows, index=[c.id for c in claims])
+
+# %% ../nbs/11_claims.ipynb #424b7a69
+def paper_tables() -> pd.DataFrame:
+    """Tables 5–8, one number a row: columns table, task, pretraining (full, quarter), rate, prior, c_tr, metric, c_te, at, paper.
+
+    `at` is a share of fine-tuning's steps, `paper` an accuracy from 0 to 1. What the tables give for the pretrained model has `at` 0 and stands with C_Te = 0.
+    """
+    with (files("wrapperlib") / "paper_tables.csv").open() as file:
+        wide = pd.read_csv(file)
+    long = wide.melt(list(wide.columns[:6]), var_name="cell", value_name="paper")
+    cell = long["cell"].str.replace("before", "0_0K").str.extract(r"([a-z]+)_(\d)_(\d+)K")
+    return long.drop(columns="cell").assign(
+        metric="acc_" + cell[0], c_te=cell[1].astype(float), at=cell[2].astype(float) / 10, paper=long["paper"] / 100
+    )
+
+
+def beside_paper(
+    table: pd.DataFrame,  # results of `behavior_plan`
+    rates: dict[str, float],  # the scale's η_L, η_M, η_S
+    task: str = "count",  # count or index
+    pretraining: str = "full",  # full or quarter
+) -> pd.DataFrame:
+    "Tables 5–8 by cell: columns rate, prior, c_tr, metric, c_te, at, step, ours (mean over seeds), low, high (over seeds), seeds, paper, difference; accuracies from 0 to 1."
+    names = {lr: name for name, lr in rates.items()}
+    table = table[(table["protocol"] == "fine_tuning") & table["metric"].str.startswith("acc_")]
+    rows = []
+    for (lr, prior, c_tr, metric, c_te), curve in table.groupby(["ft_lr", "prior", "c_tr", "metric", "c_te"]):
+        for at in (0.0, 0.1, 1.0) if c_te == 0 else (0.1, 1.0):
+            step = _step_at(curve["step"].unique(), at)
+            there = curve[curve["step"] == step]["value"]
+            labels = dict(rate=names[lr], prior=prior, c_tr=c_tr, metric=metric, c_te=c_te, at=at, step=step)
+            rows.append(labels | dict(ours=there.mean(), low=there.min(), high=there.max(), seeds=len(there)))
+    paper = paper_tables().query("task == @task and pretraining == @pretraining")
+    keys = ["rate", "prior", "c_tr", "metric", "c_te", "at"]
+    both = pd.DataFrame(rows).merge(paper[[*keys, "paper"]], on=keys, how="left")
+    return both.assign(difference=both["ours"] - both["paper"])
+
+
+def _step_at(steps: Iterable[int], share: float) -> int:
+    "The evaluation nearest to that share of the last one, on a logarithmic axis."
+    wanted = share * max(steps)
+    return int(min(steps, key=lambda s: abs(math.log(max(s, 1) / wanted)))) if share else int(min(steps))
+
+
+def table_to_read(
+    cells: pd.DataFrame,  # as from `beside_paper`
+    metric: str,  # acc_opt or acc_oft
+) -> pd.DataFrame:
+    "One metric's cells in the paper's order, in %: a row for each rate, prior and C_Tr; columns C_Te, step and whose it is."
+    some = cells[cells["metric"] == metric]
+    wide = some.pivot(
+        index=["rate", "prior", "c_tr"], columns=["c_te", "step"], values=["ours", "paper", "difference"]
+    ).mul(100)
+    order = [(who, *cell) for cell in sorted({c[1:] for c in wide.columns}) for who in ("ours", "paper", "difference")]
+    wide = wide[order].reorder_levels([1, 2, 0], axis=1)
+    return wide.round(1).rename_axis(columns=["C_Te", "step", "%"])
+
+# %% ../nbs/11_claims.ipynb #b02431a2
+def _paper(task: str, pretraining: str, rate: str, c_tr: float, metric: str, *priors: str) -> str:
+    "What the paper has for C_Te = 0 at the end, e.g. `100 and 85.7 % (Table 5)`."
+    cells = paper_tables().query(
+        "task == @task and pretraining == @pretraining and rate == @rate and c_tr == @c_tr and metric == @metric and c_te == 0 and at == 1"
+    )
+    cells = cells.set_index("prior")
+    return " and ".join(f"{100 * cells.paper[p]:.3g}" for p in priors) + f" % (Table {cells.table.iloc[0]})"
+
+
+def behavior_claims(
+    task: str = "count",  # count or index
+    pretraining: str = "full",  # full or quarter; what the paper found differs
+) -> tuple[Claim, ...]:
+    "The claims of Figs. 5 and 6."
+
+    def paper(*cell):
+        return _paper(task, pretraining, *cell)
+
+    seen = task == "count"
+    return (
+        Claim(
+            "S5",
+            "A model pretrained with prior L answers for O_PT.",
+            "acc_opt before fine-tuning, prior L",
+            ">=",
+            0.95,
+            lambda t: t.before("acc_opt", "L"),
+            exploratory=seen,
+        ),
+        Claim(
+            "S6",
+            "A model pretrained with prior H answers for both operands.",
+            "lowest of acc_opt and acc_oft on strings with C_Te = 0 and 1 before fine-tuning, prior H",
+            ">=",
+            0.95,
+            lambda t: min(
+                (t.before(m, "H", c) for m in ("acc_opt", "acc_oft") for c in (0.0, 1.0)), key=lambda v: v.value
+            ),
+            exploratory=seen,
+        ),
+        Claim(
+            "C1e",
+            "With fully correlated strings the shortcut is learned and not the task.",
+            f"acc_oft after fine-tuning, {_CORRELATED}, η_M",
+            "<=",
+            0.20,
+            lambda t: t.tuned("acc_oft", "L", "η_M"),
+            paper("η_M", 1, "acc_oft", "L"),
+            rests_on=("S5",),
+            exploratory=seen,
+        ),
+        Claim(
+            "C1f",
+            "Without the correlation the task is learned.",
+            "acc_oft after fine-tuning, prior L, C_Tr = 0, η_M",
+            ">=",
+            0.95,
+            lambda t: t.tuned("acc_oft", "L", "η_M", 0.0),
+            paper("η_M", 0, "acc_oft", "L"),
+            rests_on=("S5",),
+            exploratory=seen,
+        ),
+        Claim(
+            "C1g",
+            "A capability that pretraining gave keeps the shortcut away.",
+            "acc_oft after fine-tuning, prior H − prior L, C_Tr = 0.8, η_M",
+            ">=",
+            0.05,
+            lambda t: t.tuned("acc_oft", "H", "η_M", 0.8) - t.tuned("acc_oft", "L", "η_M", 0.8),
+            paper("η_M", 0.8, "acc_oft", "H", "L"),
+            rests_on=("S6",),
+        ),
+        Claim(
+            "C1h",
+            "A small learning rate leaves a strongly relevant capability alone.",
+            "acc_opt after fine-tuning, prior H, C_Tr = 1, η_S",
+            ">=",
+            0.90,
+            lambda t: t.tuned("acc_opt", "H", "η_S"),
+            paper("η_S", 1, "acc_opt", "H"),
+            rests_on=("S6",),
+        ),
+        Claim(
+            "C1i",
+            "A large one does not.",
+            "acc_opt after fine-tuning, η_S − η_L, prior H, C_Tr = 1",
+            ">=",
+            0.30,
+            lambda t: t.tuned("acc_opt", "H", "η_S") - t.tuned("acc_opt", "H", "η_L"),
+            paper("η_S", 1, "acc_opt", "H") + ", " + paper("η_L", 1, "acc_opt", "H"),
+            rests_on=("S6",),
+        ),
+        Claim(
+            "C1j",
+            "A weakly relevant one is lost even at a small rate.",
+            "acc_opt after fine-tuning, prior H − prior L, C_Tr = 1, η_S",
+            ">=",
+            0.30,
+            lambda t: t.tuned("acc_opt", "H", "η_S") - t.tuned("acc_opt", "L", "η_S"),
+            paper("η_S", 1, "acc_opt", "H", "L"),
+            rests_on=("S5", "S6"),
+        ),
+        Claim(
+            "C1k",
+            "Partly correlated strings make a weakly relevant capability vanish, too.",
+            "higher of acc_opt after fine-tuning with C_Tr = 0.5 and 0.8, prior L, η_M",
+            "<=",
+            0.20,
+            lambda t: max((t.tuned("acc_opt", "L", "η_M", c) for c in (0.5, 0.8)), key=lambda v: v.value),
+            paper("η_M", 0.5, "acc_opt", "L") + ", " + paper("η_M", 0.8, "acc_opt", "L"),
+            rests_on=("S5",),
+        ),
+    )
+
+# %% ../nbs/11_claims.ipynb #32ae59f4
+_FIG7 = "5 to 15 neurons bring O_PT back for a small rate, and O_FT falls (Fig. 7)"
+_FIG8 = "nearly the pretrained profile, but for prior L at η_M (Fig. 8)"
+
+
+def _top(t: OneSeed, metric: str, rate: str, k: int, way: str = "top", c_te: float = 0.0) -> Value:
+    "What the model from prior L, C_Tr = 1 does with k rows pruned."
+    return t.tuned(metric, "L", rate, c_te=c_te, way=way, k=k)
+
+
+def pruning_claims(
+    task: str = "count",  # count or index
+) -> tuple[Claim, ...]:
+    "The claims of Fig. 7."
+    seen = task == "count"
+
+    def lost(i, rate):
+        return Claim(
+            i,
+            f"Fine-tuning at {rate} has made O_PT vanish from the behaviour, so that it could be brought back.",
+            f"acc_opt after fine-tuning, {_CORRELATED}, {rate}, nothing pruned",
+            "<=",
+            0.60,
+            lambda t: _top(t, "acc_opt", rate, 0),
+            exploratory=seen,
+        )
+
+    def lead(i, rate, ground):
+        return Claim(
+            i,
+            f"Ten rows bring it back, and as many random rows of the same matrices do not, at {rate}.",
+            f"acc_opt, top 10 rows − 10 random rows zeroed, {_CORRELATED}, {rate}",
+            ">=",
+            0.30,
+            lambda t: _top(t, "acc_opt", rate, 10) - _top(t, "acc_opt", rate, 10, "random"),
+            _FIG7,
+            rests_on=(ground,),
+            exploratory=seen,
+        )
+
+    return (
+        lost("S7", "η_M"),
+        lost("S8", "η_S"),
+        Claim(
+            "C2a",
+            "Few rows of weight matrices hold O_PT down: without ten of them it is back.",
+            f"acc_opt with the top 10 rows zeroed, {_CORRELATED}, η_M",
+            ">=",
+            0.50,
+            lambda t: _top(t, "acc_opt", "η_M", 10),
+            _FIG7,
+            rests_on=("S7",),
+            exploratory=seen,
+        ),
+        lead("C2b", "η_M", "S7"),
+        lead("C2c", "η_S", "S8"),
+        Claim(
+            "C2d",
+            "What was fine-tuned goes with them.",
+            f"acc_oft on strings with C_Te = 1, nothing pruned − top 10 rows zeroed, {_CORRELATED}, η_M",
+            ">=",
+            0.30,
+            lambda t: _top(t, "acc_oft", "η_M", 0, c_te=1.0) - _top(t, "acc_oft", "η_M", 10, c_te=1.0),
+            _FIG7,
+            exploratory=seen,
+        ),
+        Claim(
+            "C2e",
+            "The rows that hold it down sit in the later half of the model.",
+            f"share of the top 15 rows in the later half of the blocks, {_CORRELATED}, η_M",
+            ">=",
+            0.60,
+            lambda t: at_end(t.curve("fine_tuning", "later_half", prior="L", c_tr=1.0, ft_rate="η_M", k=15), 15),
+            "few components in the later half (Sec. 3)",
+            rests_on=("S7",),
+        ),
+    )
+
+
+def probing_claims(
+    task: str = "count",  # count or index
+) -> tuple[Claim, ...]:
+    "The claims of Fig. 8."
+    seen = task == "count"
+
+    def best(t, rate="η_S", metric="accuracy"):
+        return t.best("fine_tuning", metric, prior="L", c_tr=1.0, ft_rate=rate)
+
+    def readable(i, rate):
+        return Claim(
+            i,
+            f"The answer for O_PT can still be read off by a linear map after fine-tuning at {rate}.",
+            f"accuracy of the best probe for O_PT, {_CORRELATED}, {rate}",
+            ">=",
+            0.90,
+            lambda t: best(t, rate),
+            _FIG8,
+            rests_on=("S9",),
+            exploratory=seen,
+        )
+
+    def beyond(i, what, control):
+        return Claim(
+            i,
+            f"More can be read than {what}.",
+            f"accuracy of the best probe for O_PT − {what}, {_CORRELATED}, η_S",
+            ">=",
+            0.20,
+            lambda t: best(t) - control(t),
+            rests_on=("S9",),
+        )
+
+    return (
+        Claim(
+            "S9",
+            "The pretrained model's answer for O_PT can be read off by a linear map.",
+            "accuracy of the best probe for O_PT before fine-tuning, prior L",
+            ">=",
+            0.95,
+            lambda t: t.best("pretraining", prior="L"),
+        ),
+        readable("C3a", "η_S"),
+        readable("C3b", "η_M"),
+        Claim(
+            "C3c",
+            "It can be read with nearly the pretrained profile over blocks.",
+            f"largest drop of a probe's accuracy for O_PT over sites, {_CORRELATED}, η_S",
+            "<=",
+            0.10,
+            lambda t: t.drop("L", "η_S"),
+            _FIG8,
+            rests_on=("S9",),
+        ),
+        Claim(
+            "C3d",
+            "So can it from priors M and H at η_M.",
+            "largest drop of a probe's accuracy for O_PT over sites, priors M and H (the larger), C_Tr = 1, η_M",
+            "<=",
+            0.10,
+            lambda t: max((t.drop(prior, "η_M") for prior in "MH"), key=lambda v: v.value),
+            _FIG8,
+        ),
+        beyond("C3e", "the best probe of shuffled labels", lambda t: best(t, metric="shuffled")),
+        beyond("C3f", "the best probe of an untrained model", lambda t: t.best("untrained")),
+        beyond("C3g", "the most frequent answer", lambda t: best(t, metric="majority")),
+        Claim(
+            "C3h",
+            "More can be read than the model says.",
+            f"accuracy of the best probe for O_PT − acc_opt of the same model, {_CORRELATED}, η_S",
+            ">=",
+            0.30,
+            lambda t: best(t) - best(t, metric="says"),
+            rests_on=("S9",),
+            exploratory=seen,
+        ),
+    )
+
+
+def judge_each(
+    claims: Iterable[Claim],  # e.g. `behavior_claims()`
+    table: pd.DataFrame,  # results, of one experiment
+    rates: dict[str, float],  # the scale's η_L, η_M, η_S
+    samples: int,  # test samples of a measure or probe
+) -> list[dict]:
+    "Claims over all seeds of a table."
+    return judge_all(claims, [OneSeed(t, rates, samples) for _, t in table.groupby("seed")])
