@@ -1,8 +1,9 @@
-# make revival | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
 SEEDS ?= 1
+TASK ?= count
 DEVICE ?= auto
 OUT ?= outputs
 
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing test bench export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -38,6 +39,10 @@ endef
 
 revival: $(READY)
 	$(call run,exp_revival,$(OUT)/exp_revival/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p out '$(OUT)')
+
+# Results of another task than count lie in a folder of their own.
+behavior pruning probing: $(READY)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
 
 # Only the benchmarks need what they compare with; `make bench_step` runs one of them.
 $(PEERS): $(READY)

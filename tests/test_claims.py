@@ -14,10 +14,16 @@ from wrapperlib.claims import (
     Value,
     area,
     at_end,
+    behavior_claims,
+    beside_paper,
     interval,
     judge,
     judge_all,
+    judge_each,
     judge_revival,
+    paper_tables,
+    probing_claims,
+    pruning_claims,
     steps_to,
     verdict_table,
 )
@@ -174,3 +180,99 @@ def test_claims_without_their_curves_are_not_judged():
     others = [row for row in only_h if row["id"][0] == "C"]
     assert all(row["verdict"] == "inconclusive" and row["because"].startswith("not measured: ") for row in others)
     assert verdict_table(only_h).loc["C4a", "value [90 % interval]"] == "–"
+
+
+def verdicts(claims, table):
+    return {row["id"]: row["verdict"] for row in judge_each(claims, table, RATES, 512)}
+
+
+def tuning(seeds, end):
+    "Made-up fine-tunings: `end` says what is left of a metric, given prior, rate, c_tr and metric."
+    rows = []
+    for seed, prior, (rate, lr), c_tr in itertools.product(range(seeds), "HML", RATES.items(), (0.0, 0.5, 0.8, 1.0)):
+        for metric, c_te in itertools.product(("acc_opt", "acc_oft"), (0.0, 1.0)):
+            first = 1.0 if metric == "acc_opt" or prior != "L" else 0.2
+            for step, value in ((0, first), (40, first), (400, end(prior, rate, c_tr, metric))):
+                labels = dict(protocol="fine_tuning", seed=seed, prior=prior, c_tr=c_tr, ft_lr=lr)
+                rows.append(labels | dict(metric=metric, c_te=c_te, step=step, value=value))
+    return pd.DataFrame(rows)
+
+
+def as_the_paper_has_it(prior, rate, c_tr, metric):
+    cells = paper_tables().query("table == 5 and c_te == 0 and at == 1").set_index(["prior", "rate", "c_tr", "metric"])
+    return cells.loc[(prior, rate, c_tr, metric), "paper"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_behavior_claims_hold_for_the_papers_own_numbers_and_fail_if_nothing_changes(seeds):
+    assert set(verdicts(behavior_claims(), tuning(seeds, as_the_paper_has_it)).values()) == {"holds"}
+    unmoved = verdicts(behavior_claims(), tuning(seeds, lambda *_: 1.0))
+    assert {i for i, v in unmoved.items() if v == "holds"} == {"S5", "S6", "C1f", "C1h"}
+    assert set(unmoved.values()) == {"holds", "fails"}
+
+
+def test_the_papers_tables_beside_ours():
+    cells = beside_paper(tuning(2, as_the_paper_has_it), RATES)
+    assert len(cells) == 3 * 3 * 4 * 10 and set(cells["step"]) == {0, 40, 400} and set(cells["seeds"]) == {2}
+    at_end = cells.query("c_te == 0 and at == 1")
+    assert at_end["difference"].abs().max() < 1e-12
+    [one] = cells.query("rate == 'η_M' and prior == 'L' and c_tr == 0.8 and metric == 'acc_oft' and at == 0.1 and c_te == 1")["paper"]
+    assert one == pytest.approx(0.984)  # Table 5
+    own = beside_paper(tuning(1, as_the_paper_has_it).assign(prior="M2"), RATES)
+    assert own["paper"].isna().all() and not own["ours"].isna().any()
+
+
+def test_every_claim_about_index_names_its_table():
+    count, index = behavior_claims(), behavior_claims("index", "quarter")
+    assert [c.id for c in count] == [c.id for c in index]
+    assert all("Table 8" in c.paper for c in index if c.id[0] == "C") and "Table 5" in count[2].paper
+    assert not any(c.exploratory for c in index) and any(c.exploratory for c in count)
+    every = [*REVIVAL_CLAIMS, *count, *pruning_claims(), *probing_claims()]
+    assert len({c.id for c in every}) == len(every)
+
+
+def pruning_table(seeds, top, random, oft, later):
+    rows = []
+    for seed, lr, way, k in itertools.product(range(seeds), RATES.values(), ("top", "random"), (0, 10, 15)):
+        labels = dict(protocol="fine_tuning", seed=seed, prior="L", c_tr=1.0, ft_lr=lr, step=400, way=way, k=k)
+        opt = (top if way == "top" else random) if k else 0.0
+        rows.append(labels | dict(metric="acc_opt", c_te=0.0, value=opt))
+        rows.append(labels | dict(metric="acc_oft", c_te=1.0, value=oft if k else 1.0))
+        if way == "top" and k:
+            rows.append(labels | dict(metric="later_half", c_te=0.0, value=later))
+    return pd.DataFrame(rows)
+
+
+def test_pruning_claims_hold_and_fail():
+    assert set(verdicts(pruning_claims(), pruning_table(3, 0.8, 0.05, 0.4, 0.9)).values()) == {"holds"}
+    any_rows = verdicts(pruning_claims(), pruning_table(3, 0.8, 0.75, 0.95, 0.5))
+    assert {i for i, v in any_rows.items() if v == "holds"} == {"S7", "S8", "C2a"}
+    assert {any_rows[i] for i in ("C2b", "C2c", "C2d", "C2e")} == {"fails"}
+
+
+def probing_table(seeds, pretrained, tuned, untrained, shuffled, says):
+    rows = []
+    sites = ("embed", "blocks.0.residual", "blocks.1.residual")
+
+    def add(seed, protocol, metric, value, **labels):
+        for i, site in enumerate(sites):
+            read = value * i / 2 if metric == "accuracy" else value
+            labels_here = dict(protocol=protocol, seed=seed, c_te=0.0, operand="a", site=site, step=400)
+            rows.append(labels_here | labels | dict(metric=metric, value=read))
+
+    for seed in range(seeds):
+        add(seed, "untrained", "accuracy", untrained)
+        for prior in "HML":
+            add(seed, "pretraining", "accuracy", pretrained, prior=prior)
+            for lr in RATES.values():
+                for metric, value in dict(accuracy=tuned, shuffled=shuffled, majority=1 / 3, says=says).items():
+                    add(seed, "fine_tuning", metric, value, prior=prior, c_tr=1.0, ft_lr=lr)
+    return pd.DataFrame(rows)
+
+
+def test_probing_claims_hold_and_fail():
+    assert set(verdicts(probing_claims(), probing_table(3, 1.0, 0.98, 0.75, 0.33, 0.02)).values()) == {"holds"}
+    gone = verdicts(probing_claims(), probing_table(3, 1.0, 0.4, 0.75, 0.33, 0.3))
+    assert {i for i, v in gone.items() if v == "holds"} == {"S9"} and set(gone.values()) == {"holds", "fails"}
+    never = verdicts(probing_claims(), probing_table(3, 0.6, 0.98, 0.75, 0.33, 0.02))
+    assert never["S9"] == "fails" and never["C3a"] == "inconclusive"

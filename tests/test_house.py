@@ -139,7 +139,7 @@ def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(pip, check=True, capture_output=True)
     assert {p.name for p in (site / "wrapperlib").glob("*.py")} == {p.name for p in (REPO / "wrapperlib").glob("*.py")}
-    assert (site / "wrapperlib" / "paper_tables.csv").exists()
+    assert (site / "wrapperlib" / "paper_tables.csv").is_file()
     metadata = next(site.glob("wrapperlib-*.dist-info/METADATA")).read_text()
     needed = [r for r in re.findall(r"Requires-Dist: (.*)", metadata) if "extra ==" not in r]
     assert len(needed) == len(settings()["requirements"].split())

@@ -15,6 +15,8 @@ from wrapperlib.grammar import Grammar
 from wrapperlib.protocols import (
     LABELS,
     SCALES,
+    at_length,
+    behavior_plan,
     carry_out,
     estimate,
     fine_tuning,
@@ -130,3 +132,42 @@ def test_the_readmes_example_runs_as_a_script(tmp_path):
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "my_results.csv").stat().st_size > 1000
+
+
+def test_addresses_do_not_move():
+    "Trained models are found again by them; what stands after the dash is the sources'."
+    plan = revival_plan(SMOKE, priors=("L",), c_trs=(1.0,), rates=("η_S",))
+    assert {labels["protocol"]: address(run).split("-")[0] for labels, run in plan} == {
+        "scr": "0b0e98326982e1b8",
+        "scr_ft": "1105bc67c4020430",
+        "pretraining": "b8d233a45e0f434f",
+        "fine_tuning": "dc2c05765c9eb690",
+        "reft": "1690f9266b200374",
+    }
+
+
+def test_three_experiments_and_both_families_share_their_runs():
+    args = dict(priors=("H", "L"), c_trs=(0.0, 1.0))
+    revival = {address(run) for _, run in revival_plan(SMOKE, 2, **args)}
+    count, index = (behavior_plan(SMOKE, 2, family, **args) for family in "CI")
+    at_m = [run for labels, run in count if labels["ft_lr"] == SMOKE.rates["η_M"]]
+    assert {address(run) for run in at_m} < revival and len(count) == 2 * 2 * 2 * 3
+    assert {run.start for _, run in count} == {run.start for _, run in index}
+    assert not {address(run) for _, run in count} & {address(run) for _, run in index}
+    assert all("index " in run.name and decode(SMOKE.domain, texts_row(run)).split()[1] == "I" for _, run in index)
+    quarter = behavior_plan(at_length(SMOKE, "quarter"), 1)
+    assert {run.start.recipe.steps for _, run in quarter} == {SMOKE.pretraining.steps // 4}
+    assert at_length(SMOKE, "full") == SMOKE
+    with pytest.raises(BadInput, match=r"rate is 'η_X'; allowed: one of η_L, η_M, η_S"):
+        behavior_plan(SMOKE, rates=("η_X",))
+
+
+def texts_row(run):
+    return run.stream.batch(1, 0, 0)[0]
+
+
+def test_a_revival_of_the_other_family_measures_that_family():
+    plan = revival_plan(SMOKE, family="I", priors=("L",))
+    assert {labels["protocol"] for labels, _ in plan} == {"fine_tuning", "reft", "scr_ft"}
+    assert {m.stream.family for _, run in plan for m in run.measures} == {"I"}
+    assert {run.lineage[0] for _, run in plan} == {scratch(SMOKE), pretraining(SMOKE, "L")}

@@ -171,6 +171,11 @@ def _grid(rates: dict[str, float], columns: list, width: float = 3.2, height: fl
     return plt.subplots(len(rates), len(columns), figsize=size, sharex=True, sharey=True, squeeze=False)
 
 
+def _headline(fig: Figure, text: str):
+    "A title above those of the panels, however high the figure is."
+    fig.suptitle(text, y=1 + 0.25 / fig.get_figheight())
+
+
 def _share_legend(ax, colours: dict[float, tuple], others: dict[str, dict]):
     "What colours and line styles mean, at the right of a panel."
     lines = [Line2D([], [], color=colour, label=f"C_Tr = {share:g}") for share, colour in colours.items()]
@@ -215,7 +220,7 @@ def behavior(
         axes[0][-1], colours, {"C_Te = 0": {}, "C_Te = 1": dict(ls="--"), "paper, C_Te = 0": dict(ls="", marker="<")}
     )
     seeds = _seeds(table["seed"].nunique())
-    fig.suptitle(f"{_WHOSE[metric]} over fine-tuning (scale {scale}, {seeds})", y=1.02)
+    _headline(fig, f"{_WHOSE[metric]} over fine-tuning (scale {scale}, {seeds})")
     return fig
 
 
@@ -260,7 +265,7 @@ def pruning(
             ax.set_title(f"C_Tr = {share:g}" if first else "")
     styles = {"O_PT, C_Te = 0": dict(color=opt), "O_FT, C_Te = 1": dict(color=oft)}
     _share_legend(axes[0][-1], {}, styles | {label: style for label, (_, style) in _WAYS.items()})
-    fig.suptitle(f"Pruning, {_prior_title(prior)} (scale {scale}, {_seeds(table['seed'].nunique())})", y=1.02)
+    _headline(fig, f"Pruning, {_prior_title(prior)} (scale {scale}, {_seeds(table['seed'].nunique())})")
     return fig
 
 
@@ -285,7 +290,7 @@ def where_pruned(
             ax.invert_yaxis()
             ax.set(xlabel="", ylabel=f"block, {name} = {lr:g}", title=f"C_Tr = {share:g}" if first else "")
     seeds = _seeds(table["seed"].nunique()).split(":")[0]
-    fig.suptitle(f"Where the top {k} rows sit, {_prior_title(prior)} (scale {scale}, {seeds})", y=1.02)
+    _headline(fig, f"Where the top {k} rows sit, {_prior_title(prior)} (scale {scale}, {seeds})")
     return fig
 
 # %% ../nbs/12_figures.ipynb #7d8e5a4f
@@ -322,9 +327,8 @@ def probing(
     others |= {"literal protocol": dict(ls="--", lw=0.8), "shuffled labels": dict(color="0.85", lw=5)}
     _share_legend(axes[0][-1], colours, others)
     whose = dict(a="O_PT (a)", b="O_FT (b)")[operand]
-    fig.suptitle(
-        f"What probes read of {whose} (scale {scale}, {_seeds(tuned['seed'].nunique()).split(':')[0]})", y=1.02
-    )
+    seeds = _seeds(tuned["seed"].nunique()).split(":")[0]
+    _headline(fig, f"What probes read of {whose} (scale {scale}, {seeds})")
     return fig
 
 
