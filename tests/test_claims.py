@@ -216,7 +216,9 @@ def test_the_papers_tables_beside_ours():
     assert len(cells) == 3 * 3 * 4 * 10 and set(cells["step"]) == {0, 40, 400} and set(cells["seeds"]) == {2}
     at_end = cells.query("c_te == 0 and at == 1")
     assert at_end["difference"].abs().max() < 1e-12
-    [one] = cells.query("rate == 'η_M' and prior == 'L' and c_tr == 0.8 and metric == 'acc_oft' and at == 0.1 and c_te == 1")["paper"]
+    [one] = cells.query(
+        "rate == 'η_M' and prior == 'L' and c_tr == 0.8 and metric == 'acc_oft' and at == 0.1 and c_te == 1"
+    )["paper"]
     assert one == pytest.approx(0.984)  # Table 5
     own = beside_paper(tuning(1, as_the_paper_has_it).assign(prior="M2"), RATES)
     assert own["paper"].isna().all() and not own["ours"].isna().any()
