@@ -46,7 +46,7 @@ def test_the_scales_are_what_they_claim():
     assert (paper.pretraining.steps, paper.pretraining.lr, paper.pretraining.answer) == (200_000, 1e-3, 0)
     assert list(paper.rates.values()) == [1e-4, 1e-5, 1e-6]
     assert (
-        list(scales_table().columns) == ["smoke", "desk", "desk_fast", "paper"]
+        list(scales_table().columns) == ["smoke", "desk", "desk_paper", "paper"]
         and not scales_table().isna().any().any()
     )
 

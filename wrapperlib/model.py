@@ -48,6 +48,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
+        x = x.contiguous()  # rows with gaps between them, as the last position's are, take twenty times as long
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
         return _product(x, weight, bias)
@@ -55,7 +56,7 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        (x, weight), grad = ctx.saved_tensors, grad.contiguous()
         rows, given = grad.flatten(0, -2), x.flatten(0, -2)
         of_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None
         tall = weight.shape[0] > weight.shape[1]  # the product is quicker the wider its result

@@ -46,11 +46,11 @@ _RATES = ("η_L", "η_M", "η_S")
 
 # the recipe by which a capability appears soonest, see bench_capability
 FAST = dict(
-    pretraining=Recipe(steps=800, lr=1e-3, muon=5e-3, warmup=0.02, answer=4.0), first=("C", "CC", "I"), first_share=0.4
+    pretraining=Recipe(steps=1200, lr=1e-3, muon=5e-3, warmup=0.02, answer=4.0), first=("C", "CC", "I"), first_share=0.4
 )
 
-_DESK = Scale(
-    "desk",
+_DESK_PAPER = Scale(
+    "desk_paper",
     Domain(length=26, window=22, nth=2),
     Shape(4, 4, 64),
     Recipe(steps=4400, batch=48, answer=4.0),
@@ -71,8 +71,8 @@ SCALES = {
             dict(zip(_RATES, (1e-2, 3e-3, 1e-3))),
             64,
         ),
-        _DESK,
-        replace(_DESK, name="desk_fast", **FAST),
+        replace(_DESK_PAPER, name="desk", **FAST),
+        _DESK_PAPER,
         Scale("paper", Domain(), Shape(), Recipe(), FINE_TUNING, dict(zip(_RATES, (1e-4, 1e-5, 1e-6))), 1024),
     )
 }

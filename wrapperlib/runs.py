@@ -9,6 +9,7 @@ __all__ = ['SOURCES', 'FILES', 'Run', 'describe', 'source_digests', 'address', '
 
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
+import csv
 import hashlib
 import importlib.util
 import io
@@ -32,9 +33,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -45,6 +45,9 @@ from tqdm import tqdm
 from .checks import BadInput, check
 from .model import GPT, Shape
 from .training import Measure, NotFinite, Progress, Recipe, Trainee, seconds_per_step, train_stack
+
+if TYPE_CHECKING:  # a worker needs no tables, and importing pandas takes half as long as importing torch
+    import pandas as pd
 
 # %% ../nbs/04_runs.ipynb #ec535c9f
 @dataclass(frozen=True)
@@ -184,8 +187,10 @@ class Store:
         check(ours, "file in the store", path, "the record of the run that its folder is named after")
         return meta
 
-    def log(self, run: Run) -> pd.DataFrame:
+    def log(self, run: Run) -> "pd.DataFrame":
         "The finished run's measurements: columns step, metric, c_te, value."
+        import pandas as pd
+
         return pd.read_csv(self.path(run) / "log.csv")
 
     def model(self, run: Run) -> GPT:
@@ -204,8 +209,7 @@ class Store:
     ) -> None:
         "Keep a finished run; its folder appears whole. If another process was first, its result stays."
         weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-        table = pd.DataFrame(log, columns=["step", "metric", "c_te", "value"]).to_csv(index=False)
-        contents = dict(zip(FILES, (to_bytes(weights), table.encode())))
+        contents = dict(zip(FILES, (to_bytes(weights), _table(log))))
         record = dict(name=run.name, config=describe(run), sources=source_digests(), **facts)
         record["files"] = {name: _digest(data, 64) for name, data in contents.items()}
         record["checksum"] = _checksum(record)
@@ -266,6 +270,14 @@ class Store:
         if nearest is None or len(nearest) > 3:
             return "new"
         return "differs in " + ", ".join(nearest)
+
+
+def _table(log: list[dict]) -> bytes:
+    text = io.StringIO()
+    rows = csv.DictWriter(text, ["step", "metric", "c_te", "value"], lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(log)
+    return text.getvalue().encode()
 
 
 def _checksum(record: dict) -> str:
@@ -677,12 +689,14 @@ def provenance(
 # %% ../nbs/04_runs.ipynb #2e8121da
 def publish(
     folder: Path,  # e.g. outputs/exp_revival/desk
-    table: pd.DataFrame,  # tidy results
+    table: "pd.DataFrame",  # tidy results
     figures: dict,  # name → matplotlib figure
     about: dict,  # as from `provenance`
     judged: list[dict] | None = None,  # claims as from `judge`, if there are any
 ) -> list[Path]:
     "Write results.csv, claims.json, the figures as png and svg, and provenance.json; returns their paths."
+    from matplotlib import rc_context
+
     contents = {"results.csv": table.to_csv(index=False).encode()}
     if judged is not None:
         contents["claims.json"] = (json.dumps(judged, indent=1) + "\n").encode()
@@ -690,7 +704,7 @@ def publish(
         for kind in ("png", "svg"):
             buffer = io.BytesIO()
             same_bytes = {"Date": None} if kind == "svg" else None
-            with matplotlib.rc_context({"svg.hashsalt": name}):
+            with rc_context({"svg.hashsalt": name}):
                 figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
             contents[f"{name}.{kind}"] = buffer.getvalue()
     folder = Path(folder)
