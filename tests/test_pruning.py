@@ -104,10 +104,11 @@ def test_the_rows_that_hold_the_answer_down_are_found():
 
     chosen = top(scores(model, ids, loss=voted_loss), 1)
     assert chosen["blocks.1.weight"].tolist() == [False, False, False, True] and not chosen["blocks.0.weight"].any()
-    table = sweep(model, ids, [0, 1], measure, ways=("top",), loss=voted_loss)
-    assert table["value"].tolist() == [0.0, 1.0]
-    single = sweep(model, ids, [3], measure, "weight", ("top",), voted_loss)  # the three that ever see their letter
-    assert single["value"].tolist() == [1.0]
+    table = sweep(model, scores(model, ids, loss=voted_loss), [0, 1], measure)
+    assert table.query("way == 'top'")["value"].tolist() == [0.0, 1.0]
+    of_weights = scores(model, ids, "weight", voted_loss)
+    single = sweep(model, of_weights, [3], measure)  # the three that ever see their letter
+    assert single.query("way == 'top'")["value"].tolist() == [1.0]
     assert later_half(chosen) == 1.0
 
 
@@ -187,7 +188,7 @@ def test_a_sweep_costs_one_backward_and_the_forward_passes_of_its_measures(ids):
         return {"loss": answer_loss(m, ids).item(), "other": 0.0}
 
     before = copy.deepcopy(model)
-    table = sweep(model, ids, range(11), measure, loss=loss, seed=3)
+    table = sweep(model, scores(model, ids, loss=loss), range(11), measure, row_means(model, ids[:, :-2]), seed=3)
     assert calls == {"loss": 1, "measure": 33} and same(before, model)
     assert len(table) == 66 and list(table.columns) == ["way", "k", "metric", "value"]
     start = table.query("k == 0 and metric == 'loss'")["value"]
@@ -202,7 +203,7 @@ def test_a_sweep_costs_one_backward_and_the_forward_passes_of_its_measures(ids):
 def test_everything_can_be_pruned(ids):
     model = gpt()
     total = sum(len(p) for p in matrices(model).values())
-    table = sweep(model, ids, [total], lambda m: {"x": answer_loss(m, ids).item()})
+    table = sweep(model, scores(model, ids), [total], lambda m: {"x": answer_loss(m, ids).item()})
     with torch.no_grad():
         for block in model.blocks:
             for linear in (block.attention.qkv, block.attention.out, block.up, block.down):
@@ -232,13 +233,12 @@ def test_later_half_counts_a_middle_block_half():
 @pytest.mark.parametrize(
     "bad, says",
     [
-        (lambda m, ids: sweep(m, ids, [0, 10_000], None), "k is 10000; allowed: whole numbers from 0 to 216"),
-        (lambda m, ids: sweep(m, ids, [10**6], None, "weight", ("top",)), "k is 1000000"),
-        (lambda m, ids: sweep(m, ids, [True], None), "k is True"),
-        (lambda m, ids: sweep(m, ids, [1.0], None), "k is 1.0"),
-        (lambda m, ids: sweep(m, ids, [1], None, "weight"), "way is 'mean'"),
-        (lambda m, ids: sweep(m, ids, [1], None, ways=("worst",)), "way is 'worst'"),
-        (lambda m, ids: sweep(m, ids, [1], None, "neuron"), "unit is 'neuron'"),
+        (lambda m, ids: sweep(m, scores(m, ids), [0, 10_000], 0), "k is 10000; allowed: whole numbers from 0 to 216"),
+        (lambda m, ids: sweep(m, scores(m, ids, "weight"), [10**6], 0), "k is 1000000"),
+        (lambda m, ids: sweep(m, scores(m, ids), [True], 0), "k is True"),
+        (lambda m, ids: sweep(m, scores(m, ids), [1.0], 0), "k is 1.0"),
+        (lambda m, ids: sweep(m, scores(m, ids, "weight"), [1], 0, row_means(m, ids)), "means is .*that have a bias"),
+        (lambda m, ids: sweep(m, scores(gpt(4), ids), [1], 0), "units is 'blocks.3"),
         (lambda m, ids: scores(m, ids, "column"), "unit is 'column'"),
         (lambda m, ids: top(scores(m, ids), -1), "k is -1"),
         (lambda m, ids: matrices(nn.Linear(2, 2)), "model is 'Linear'"),

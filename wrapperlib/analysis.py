@@ -8,9 +8,8 @@ __all__ = ['MOST', 'FEW', 'some_rows', 'Pruning', 'Probing', 'look_at', 'look_at
 
 # %% ../nbs/16_analysis.ipynb #659c7a1a
 import hashlib
-import importlib.util
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +21,7 @@ from . import probing, pruning
 from .checks import BadInput, Rule, check, whole
 from .model import GPT
 from .protocols import O_FT, O_PT, SCALES, Scale, measure
-from .runs import Run, Store, address, cores, write_whole
+from .runs import Line, Run, Store, address, cores, source_digests, write_whole
 from .tasks import Edited, one_task
 from .training import accuracy
 
@@ -45,7 +44,6 @@ class Pruning:
 
     family: str = "C"  # C: count, I: index
     ks: tuple[int, ...] = some_rows()  # how many rows to prune
-    ways: tuple[str, ...] = ("top", "random", "mean")  # what is done with them
 
     def of(
         self,
@@ -53,7 +51,7 @@ class Pruning:
         scale: Scale,  # its numbers
         seed: int = 0,  # chooses the random rows
     ) -> pd.DataFrame:
-        "Columns metric, c_te, way, k, block, matrix, value."
+        "Columns metric, c_te, way (top, random, mean), k, block, matrix, value."
         device = next(model.parameters()).device
         ids = one_task(scale.domain, self.family, O_PT).batch(scale.samples, seed=0, step=0, split="test")
         ids, tests = torch.from_numpy(ids).to(device), {}
@@ -63,19 +61,18 @@ class Pruning:
         def found(m):
             return {what: accuracy(m, samples) for what, samples in tests.items()}
 
-        table = pruning.sweep(model, ids, self.ks, found, ways=self.ways, seed=seed)
+        scores, means = pruning.scores(model, ids), pruning.row_means(model, ids[:, :-2])
+        table = pruning.sweep(model, scores, self.ks, found, means, seed)
         metric, c_te = zip(*table["metric"])
-        sits = self._where(pruning.scores(model, ids))
-        return pd.concat([table.assign(metric=metric, c_te=c_te), sits], ignore_index=True)
+        return pd.concat([table.assign(metric=metric, c_te=c_te), self._where(scores)], ignore_index=True)
 
     def _where(self, scores: pruning.Units) -> pd.DataFrame:
-        "For each K the rows in each matrix of each block, and the share of the later half."
-        rows = []
-        for k in (k for k in self.ks if k):
-            chosen = pruning.top(scores, k)
-            rows.append(dict(metric="later_half", k=k, value=pruning.later_half(chosen)))
-            counts = pruning.where(chosen).stack()
-            rows += [dict(metric="rows", k=k, block=b, matrix=m, value=n) for (b, m), n in counts.items()]
+        "For each K the share of the later half, and for Fig. 7's largest the rows in each matrix of each block."
+        chosen = {k: pruning.top(scores, k) for k in self.ks if k}
+        rows = [dict(metric="later_half", k=k, value=pruning.later_half(units)) for k, units in chosen.items()]
+        few = max(k for k in chosen if k <= FEW)
+        counts = pruning.where(chosen[few]).stack()
+        rows += [dict(metric="rows", k=few, block=b, matrix=m, value=n) for (b, m), n in counts.items()]
         return pd.DataFrame(rows).assign(way="top", c_te=0.0)
 
 
@@ -110,17 +107,12 @@ class Probing:
         return table.reset_index().melt("site", var_name="metric").assign(operand=operand, c_te=0.0)
 
 # %% ../nbs/16_analysis.ipynb #2a2c7b73
-def _code() -> str:
-    "A digest of the code that asks."
-    digest = hashlib.sha256()
-    for name in ("probing", "pruning", "analysis"):
-        digest.update(Path(importlib.util.find_spec(f"wrapperlib.{name}").origin).read_bytes())
-    return digest.hexdigest()
+_ASKS = ("probing", "pruning", "analysis")  # the modules that decide what is found
 
 
 def _kept(store: Store, question, scale: Scale, run: Run, untrained: bool) -> Path:
     "Where what was found lies or will lie."
-    asked = json.dumps([address(run), untrained, repr(question), scale.samples, _code()])
+    asked = json.dumps([address(run), untrained, repr(question), scale.samples, source_digests(_ASKS)])
     return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.csv"
 
 
@@ -163,18 +155,32 @@ def look_at_all(
 ) -> pd.DataFrame:
     "Findings with their labels in front."
     new = [m[1:] for m in models if not _kept(store, question, scale, *m[1:]).exists()]
-    at_once = min(len(new), workers or (cores() if device == "cpu" else 1))
     if new:
         print(f"{len(models)} models: {len(models) - len(new)} known, {len(new)} to take apart")
-    if at_once > 1 and device == "cpu":
-        with ProcessPoolExecutor(at_once, get_context("spawn")) as pool:
-            jobs = [pool.submit(look_at, store, question, scale, *m) for m in new]
-            for job in jobs:
-                job.result()
-    tables = [
-        look_at(store, question, scale, run, untrained, device).assign(**labels) for labels, run, untrained in models
-    ]
+        line = Line(len(new), len(new), "models")
+        for done, name in enumerate(_looked(store, question, scale, new, device, workers), 1):
+            line.ended(done, name)
+            line.show(done, name)
+    tables = [look_at(store, question, scale, *m, device).assign(**labels) for labels, *m in models]
     return pd.concat(tables, ignore_index=True)
+
+
+def _looked(store, question, scale, new, device, workers):
+    "Look at models, on a CPU side by side; yields their names as they are done."
+    at_once = min(len(new), workers or cores()) if device == "cpu" else 1
+    if at_once == 1:
+        for m in new:
+            look_at(store, question, scale, *m, device)
+            yield m[0].name
+        return
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"))
+    try:
+        jobs = {pool.submit(look_at, store, question, scale, *m): m[0].name for m in new}
+        for job in as_completed(jobs):
+            job.result()
+            yield jobs[job]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/16_analysis.ipynb #365ffa41
 _LABELS = ["protocol", "seed", "prior", "c_tr", "c_te", "ft_lr", "step"]

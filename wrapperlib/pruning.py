@@ -21,7 +21,7 @@ from .training import FINE_TUNING, loss_of
 
 # %% ../nbs/06_pruning.ipynb #40d98ec2
 Units = dict[str, Tensor]  # matrix → a tensor with an entry for each of its units
-_unit, _way = one_of(("row", "weight")), one_of(("top", "random", "mean"))
+_unit = one_of(("row", "weight"))
 
 
 def matrices(
@@ -165,29 +165,24 @@ def row_means(
 # %% ../nbs/06_pruning.ipynb #fcb9a679
 def sweep(
     model: nn.Module,  # as it was, afterwards
-    ids: Tensor,  # samples of the pretraining task, for the gradient (and the means), shape (n, row_length)
+    scores: Units,  # as from `scores`
     ks: Iterable[int],  # how many units to prune
     measure: Callable[[nn.Module], dict[str, float]],  # metric → value of the pruned model
-    unit: str = "row",  # row or weight
-    ways: tuple[str, ...] = ("top", "random", "mean"),  # what is done with K units
-    loss: Callable[[nn.Module, Tensor], Tensor] = answer_loss,  # of (model, ids): a mean over samples, in nats
+    means: Units | None = None,  # as from `row_means`: also set the units to them, which is the way mean
     seed: int = 0,  # chooses the random units
 ) -> pd.DataFrame:
-    "What the pruned model does: columns way, k, metric, value. Raises `BadInput` before any work. Figs. 7, 79–89."
-    _unit("unit", unit)
-    ks, sizes = list(ks), [p.shape[0] if unit == "row" else p.numel() for p in matrices(model).values()]
+    "What the pruned model does: columns way (top, random, mean), k, metric, value. Raises `BadInput` before any work. Figs. 7, 79–89."
+    ks, rows = list(ks), []
     for k in ks:
-        _check_k(k, sum(sizes))
-    for way in ways:
-        _way("way", way)
-    check(unit == "row" or "mean" not in ways, "way", "mean", "top or random for single weights")
-    ranks, rows = _ranks(scores(model, ids, unit, loss)), []
-    means = row_means(model, ids[:, :-2]) if "mean" in ways else None
+        _check_k(k, sum(x.numel() for x in scores.values()))
+    for chosen in ({name: x == x for name, x in scores.items()}, {}):  # all of them, then none: both must be possible
+        list(_changes(model, chosen, means))
+    ranks = _ranks(scores)
     for k in ks:
         chosen = {name: x < k for name, x in ranks.items()}
-        for way in ways:
-            units = at_random(chosen, seed) if way == "random" else chosen
-            with pruned(model, units, means if way == "mean" else None), torch.no_grad():
+        ways = dict(top=(chosen, None), random=(at_random(chosen, seed), None))
+        for way, (units, values) in (ways | dict(mean=(chosen, means)) if means else ways).items():
+            with pruned(model, units, values), torch.no_grad():
                 rows += [dict(way=way, k=k, metric=name, value=value) for name, value in measure(model).items()]
     return pd.DataFrame(rows, columns=["way", "k", "metric", "value"])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'Run', 'describe', 'source_digests', 'address', 'write_whole', 'Store', 'train_run', 'train_runs',
-           'program', 'now', 'versions', 'cores', 'train_all', 'Stopped', 'peak_memory', 'commit', 'provenance',
+           'program', 'now', 'versions', 'Line', 'cores', 'train_all', 'Stopped', 'peak_memory', 'commit', 'provenance',
            'publish']
 
 # %% ../nbs/04_runs.ipynb #b1c231df
@@ -95,9 +95,11 @@ def _digest(data: bytes, length: int = 12) -> str:
 
 
 @lru_cache
-def source_digests() -> dict[str, str]:
-    "A digest of each module that decides what a run comes to, comments and docstrings left out."
-    return {name: _digest(_bare_source(f"wrapperlib.{name}").encode()) for name in SOURCES}
+def source_digests(
+    modules: tuple[str, ...] = SOURCES,  # by default those that decide what a run comes to
+) -> dict[str, str]:
+    "A digest of each module of wrapperlib, comments and docstrings left out."
+    return {name: _digest(_bare_source(f"wrapperlib.{name}").encode()) for name in modules}
 
 
 def _bare_source(module: str) -> str:
@@ -414,15 +416,25 @@ def versions(
     return found
 
 # %% ../nbs/04_runs.ipynb #73c9d358
-class _Line:
+class Line:
     "One line of progress, rewritten in place in a notebook; now and then a line is printed for good."
 
-    def __init__(self, total: float, runs: int):
-        self.total, self.runs, self.finished = total, runs, 0
+    def __init__(
+        self,
+        total: float,  # work in any unit
+        things: int,  # how many runs, or whatever is done one by one
+        what: str = "runs",  # what they are called
+    ):
+        self.total, self.things, self.what, self.finished = total, things, what, 0
         self.began = self.printed = time.monotonic()
-        self.handle = None
+        self.first = self.handle = None
 
-    def show(self, done: float, note: str = ""):
+    def show(
+        self,
+        done: float,  # work done so far
+        note: str = "",  # what is being done
+    ):
+        "Rewrite the line."
         line = self._text(done, note)
         if "ipykernel" in sys.modules:  # elsewhere the printed lines must do
             from IPython.display import display
@@ -433,19 +445,28 @@ class _Line:
                 self.handle.update({"text/plain": line}, raw=True)
         self._print(done, note, every=60)
 
-    def ended(self, done: float, name: str):
+    def ended(
+        self,
+        done: float,  # work done so far
+        name: str,  # of the thing that has ended
+    ):
+        "Count a thing that is done."
         self.finished += 1
-        self._print(done, name, every=10 if self.finished < self.runs else 0)
+        self._print(done, name, every=10 if self.finished < self.things else 0)
 
     def _print(self, done: float, note: str, every: float):
         if time.monotonic() - self.printed >= every:
             self.printed = time.monotonic()
-            print(f"{self.finished:3d} of {self.runs} runs · {self._clock(done)} · {note}", flush=True)
+            print(f"{self.finished:3d} of {self.things} {self.what} · {self._clock(done)} · {note}", flush=True)
 
     def _clock(self, done: float) -> str:
-        gone = time.monotonic() - self.began
-        left = tqdm.format_interval(gone * (self.total - done) / done) if done else "?"
-        return f"{tqdm.format_interval(gone)} gone, {left} left"
+        now, left = time.monotonic(), "?"
+        if done and not self.first:
+            self.first = now, done  # the pace counts from here: before, workers were only starting
+        elif done and done > self.first[1]:
+            left = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
+            left = tqdm.format_interval(left)
+        return f"{tqdm.format_interval(now - self.began)} gone, {left} left"
 
     def _text(self, done: float, note: str) -> str:
         bar = "█" * round(20 * done / max(self.total, 1e-9))
@@ -499,7 +520,7 @@ def train_all(
 
 def _train_missing(store, missing, device, workers, quiet) -> int:
     "Returns the workers' peak memory."
-    line = None if quiet else _Line(sum(map(_cost, missing)), len(missing))
+    line = None if quiet else Line(sum(map(_cost, missing)), len(missing))
     if device != "cpu":
         return _train_here(store, missing, device, workers or 8, line)
     if min(workers or cores(), len(missing)) == 1:
