@@ -110,6 +110,7 @@ def test_figures_show_every_row_and_say_in_words_what_is_not_met():
 
 
 TINY = {
+    "bench_analysis": (dict(scale="smoke", steps=50, samples=256), ["ratios"], ["sklearn"], 6),
     "bench_data": (dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
     "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
     "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),

@@ -461,7 +461,9 @@ class Line:
 
     def _clock(self, done: float) -> str:
         now, left = time.monotonic(), "?"
-        if done and not self.first:
+        if done >= self.total:
+            left = tqdm.format_interval(0)
+        elif done and not self.first:
             self.first = now, done  # the pace counts from here: before, workers were only starting
         elif done and done > self.first[1]:
             left = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
