@@ -173,7 +173,9 @@ def _grid(rates: dict[str, float], columns: list, width: float = 3.2, height: fl
 
 def _headline(fig: Figure, text: str):
     "A title above those of the panels, however high the figure is."
-    fig.suptitle(text, y=1 + 0.25 / fig.get_figheight())
+    height = fig.get_figheight()  # inches
+    fig.subplots_adjust(top=1 - 0.3 / height)
+    fig.suptitle(text, y=1 + 0.25 / height)
 
 
 def _share_legend(ax, colours: dict[float, tuple], others: dict[str, dict]):
@@ -208,6 +210,7 @@ def behavior(
                 style_order=[0.0, 1.0],
                 palette=colours,
                 errorbar=("pi", 100),
+                err_kws=dict(alpha=0.12, lw=0),
                 legend=False,
                 ax=ax,
             )
