@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make verdicts | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing verdicts test bench export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -43,6 +43,10 @@ revival: $(READY)
 # Results of another task than count lie in a folder of their own.
 behavior pruning probing: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
+
+# One page of all results in $(OUT).
+verdicts: $(READY)
+	$(BIN)/python -c 'import sys; from wrapperlib.claims import write_page; write_page(sys.argv[1])' '$(OUT)'
 
 # Only the benchmarks need what they compare with; `make bench_step` runs one of them.
 $(PEERS): $(READY)

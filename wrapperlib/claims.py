@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['REVIVAL_CLAIMS', 'Value', 'interval', 'at_end', 'steps_to', 'area', 'NotMeasured', 'OneSeed', 'Claim', 'judge',
-           'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'paper_tables', 'beside_paper', 'table_to_read',
-           'behavior_claims', 'pruning_claims', 'probing_claims', 'judge_each']
+           'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'page', 'write_page',
+           'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
+           'judge_each']
 
 # %% ../nbs/11_claims.ipynb #804c6369
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from .runs import write_whole
 
 # %% ../nbs/11_claims.ipynb #4dc40c58
 @dataclass(frozen=True)
@@ -469,6 +474,48 @@ def thresholds(
         for c in claims
     ]
     return pd.DataFrame(rows, index=[c.id for c in claims])
+
+# %% ../nbs/11_claims.ipynb #dfc737ab
+def as_markdown(
+    judged: Iterable[dict],  # rows as from `judge`
+) -> str:
+    "Claims as a Markdown table: id, claim, value with interval and threshold, each seed's value, verdict, the paper's value."
+    judged = list(judged)
+    lines = [
+        "| id | claim | value [90 % interval], threshold | each seed | verdict | the paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c, r in zip(judged, verdict_table(judged).itertuples(index=False, name=None)):
+        claim, value, seeds, threshold, verdict, _, paper = r
+        threshold = threshold.replace(">=", "≥").replace("<=", "≤")
+        verdict = verdict.replace(c["verdict"], f"**{c['verdict']}**", 1) if c["verdict"] != "holds" else verdict
+        claim += " *(exploratory)*" if c["exploratory"] else ""
+        lines.append(f"| {c['id']} | {claim} | {value}, {threshold} | {seeds or '–'} | {verdict} | {paper} |")
+    return "\n".join(lines)
+
+
+def page(
+    out: str | Path,  # folder of results, such as outputs
+) -> str:
+    "The verdicts of all results in the folder as a Markdown page; scale smoke, which means nothing, is left out."
+    parts = ["# Verdicts", _ABOUT]
+    for path in sorted(Path(out).glob("exp_*/*/claims.json")):
+        name, scale = path.parts[-3:-1]
+        if not scale.startswith("smoke"):
+            parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb)"]
+            parts.append(as_markdown(json.loads(path.read_text())))
+    return "\n\n".join(parts) + "\n"
+
+
+_ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter.
+Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory; why it is where it is stands in [claims](../nbs/11_claims.ipynb)."""
+
+
+def write_page(
+    out: str | Path,  # folder of results, such as outputs
+) -> None:
+    "Write `page(out)` as the folder's VERDICTS.md."
+    write_whole(Path(out) / "VERDICTS.md", page(out))
 
 # %% ../nbs/11_claims.ipynb #424b7a69
 def paper_tables() -> pd.DataFrame:
