@@ -139,7 +139,7 @@ def steps_back(
         for line, colour in colours.items():
             for censored, marker in ((False, "o"), (True, ">")):
                 some = here[(here["line"] == line) & (here["censored"] == censored)]
-                y = some["prior"].map(order.index) + shift[line]
+                y = [order.index(prior) + shift[line] for prior in some["prior"]]
                 ax.scatter(some["steps"], y, color=colour, marker=marker, alpha=0.8, label=None if censored else line)
         ax.set(
             xscale="log",
