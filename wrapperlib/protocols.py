@@ -263,9 +263,10 @@ def results(
     store: Store,  # where the finished runs lie
     plan: list[tuple[dict, Run]],  # labels and runs
 ) -> pd.DataFrame:
-    "One measured value a row: columns protocol, seed, prior, c_tr, c_te, ft_lr, re_lr, step, metric, value."
+    "One measured value a row: columns protocol, seed, prior, c_tr, c_te, ft_lr, re_lr, the plan's own labels if it has others, step, metric, value."
     tables = [store.log(run).assign(**labels) for labels, run in plan]
-    return pd.concat(tables, ignore_index=True).reindex(columns=LABELS)
+    own = dict.fromkeys(label for labels, _ in plan for label in labels if label not in LABELS)
+    return pd.concat(tables, ignore_index=True).reindex(columns=[*LABELS[:-3], *own, *LABELS[-3:]])
 
 # %% ../nbs/10_protocols.ipynb #c22e2927
 TASKS = dict(count="C", index="I")  # name of a parameter → task family
