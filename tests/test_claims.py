@@ -17,14 +17,19 @@ from wrapperlib.claims import (
     behavior_claims,
     beside_paper,
     interval,
+    jailbreak_claims,
     judge,
     judge_all,
     judge_each,
     judge_revival,
+    mixing_claims,
     paper_tables,
     probing_claims,
     pruning_claims,
+    randft_claims,
     steps_to,
+    sweep_claims,
+    unrelated_claims,
     verdict_table,
 )
 
@@ -229,7 +234,9 @@ def test_every_claim_about_index_names_its_table():
     assert [c.id for c in count] == [c.id for c in index]
     assert all("Table 8" in c.paper for c in index if c.id[0] == "C") and "Table 5" in count[2].paper
     assert not any(c.exploratory for c in index) and any(c.exploratory for c in count)
+    appendix = (mixing_claims, jailbreak_claims, unrelated_claims, randft_claims, sweep_claims)
     every = [*REVIVAL_CLAIMS, *count, *pruning_claims(), *probing_claims()]
+    every += [claim for claims in appendix for claim in claims()]
     assert len({c.id for c in every}) == len(every)
 
 
@@ -278,3 +285,138 @@ def test_probing_claims_hold_and_fail():
     assert {i for i, v in gone.items() if v == "holds"} == {"S9"} and set(gone.values()) == {"holds", "fails"}
     never = verdicts(probing_claims(), probing_table(3, 0.6, 0.98, 0.75, 0.33, 0.02))
     assert never["S9"] == "fails" and never["C3a"] == "inconclusive"
+
+
+BEFORE = 1.0  # accuracy at step 0
+
+
+def ends(seeds, rows):
+    "Made-up curves from labels and the accuracy at the end; all begin with BEFORE, or with `first`."
+    made = []
+    for seed, (labels, value) in itertools.product(range(seeds), rows):
+        labels = dict(seed=seed, metric="acc_opt", c_te=0.0) | labels
+        first = labels.pop("first", BEFORE)
+        made += [labels | dict(step=0, value=first), labels | dict(step=400, value=value)]
+    return pd.DataFrame(made)
+
+
+def read(value, **labels):
+    "A probe's accuracy, as if after a curve's end."
+    return dict(metric="accuracy", operand="a", site="blocks.0.residual", **labels), value
+
+
+def held(verdicts):
+    return {i for i, verdict in verdicts.items() if verdict == "holds"}
+
+
+def mixing_table(seeds, opt, oft, probe):
+    "`opt` says what is left for prior and share of pretraining data, `oft` what is learned at a share."
+    rows = []
+    for prior, mix in itertools.product("LH", (0.0, 0.5, 0.1, 0.001)):
+        labels = dict(protocol="fine_tuning", prior=prior, mix=mix, ft_lr=RATES["η_M"])
+        rows.append((labels | dict(c_tr=1.0), opt(prior, mix)))
+        rows.append((labels | dict(c_tr=0.0, metric="acc_oft"), oft(mix)))
+        rows.append(read(probe, c_tr=1.0, **labels))
+    return ends(seeds, rows)
+
+
+def test_mixing_claims_hold_and_fail():
+    kept = {("L", 0.5): 0.97, ("L", 0.1): 0.6, ("L", 0.001): 0.2, ("L", 0.0): 0.1}
+    as_told = mixing_table(3, lambda prior, mix: kept.get((prior, mix), 0.95), lambda mix: 0.98, 0.99)
+    assert held(verdicts(mixing_claims(), as_told)) == {c.id for c in mixing_claims()}
+    gone = verdicts(mixing_claims(), mixing_table(3, lambda *_: 0.1, lambda mix: 0.5 + mix, 0.4))
+    assert held(gone) == {"S20", "S21"} and set(gone.values()) == {"holds", "fails"}
+
+
+def jailbreak_table(seeds, by_c, by_j, probe, revived):
+    "`by_c` and `by_j` say what is left of `a` asked by T_NJ and by the others, given the prior."
+    rows = []
+    for prior in "HML":
+        before = dict(protocol="pretraining", prior=prior)
+        rows += [(before | dict(metric=m), 1.0) for m in ("acc_opt", "acc_j1", "acc_j2", "acc_oft")]
+        tuned = dict(protocol="fine_tuning", prior=prior, c_tr=1.0, ft_lr=RATES["η_M"])
+        rows += [(tuned | dict(metric=m), by_j(prior)) for m in ("acc_j1", "acc_j2")]
+        rows += [(tuned, by_c(prior)), read(probe, name="C", **tuned)]
+        rows.append((tuned | dict(protocol="reft_by", by="J1", re_lr=RATES["η_S"]), revived))
+    return ends(seeds, rows)
+
+
+def test_jailbreak_claims_hold_and_fail():
+    as_told = jailbreak_table(3, lambda prior: 0.2, lambda prior: 1.0 if prior == "H" else 0.3, 0.99, 1.0)
+    assert held(verdicts(jailbreak_claims(), as_told)) == {c.id for c in jailbreak_claims()}
+    nothing = verdicts(jailbreak_claims(), jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
+    assert {i for i, v in nothing.items() if v == "fails"} == {"C6f", "C6h", "C6i"}
+    all_lost = verdicts(jailbreak_claims(), jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
+    assert {i for i, v in all_lost.items() if v == "fails"} == {"C6g", "C6h", "C6i", "C6j", "C6k"}
+
+
+def unrelated_table(seeds, wrapped, after, control):
+    rate = RATES["η_M"]
+    rows = [(dict(protocol="wrapped", prior="L"), wrapped), (dict(protocol="scr_wrapped"), 0.2)]
+    for task in "TI":
+        rows.append((dict(protocol="unrelated", prior="L", task=task, re_lr=rate), after))
+        rows.append((dict(protocol="scr_unrelated", task=task, re_lr=rate), control))
+    return ends(seeds, rows)
+
+
+def test_a_wrapper_that_goes_and_one_that_stays_and_a_control_that_gains_as_much():
+    ids = {c.id for c in unrelated_claims()}
+    assert held(verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.8, 0.3))) == ids
+    stays = verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.15, 0.2))
+    assert held(stays) == {"S24", "S25"} and set(stays.values()) == {"holds", "fails"}
+    anyway = verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.8, 0.8))
+    assert held(anyway) == {"S24", "S25", "C9a", "C9c"}
+    never_lost = verdicts(unrelated_claims(), unrelated_table(3, 0.9, 0.9, 0.2))
+    assert never_lost["S24"] == "fails" and held(never_lost) == {"S25"}
+
+
+def arriving(reach, **labels):
+    "Rows of a curve that is at 1 from a step on."
+    steps = np.array([0, 1, 10, 20, 40, 100, 300, 400])
+    values = np.where(steps >= reach, 1.0, 0.0)
+    return pd.DataFrame(dict(step=steps, value=values, metric="acc_opt", c_te=0.0) | labels)
+
+
+def randft_table(seeds, plain, taught, control, scratch, probe):
+    parts = []
+    for seed, lr in itertools.product(range(seeds), RATES.values()):
+        of = dict(prior="L", c_tr=1.0, ft_lr=RATES["η_M"], re_lr=lr, seed=seed)
+        parts += [arriving(plain, protocol="reft", **of), arriving(taught, protocol="reft_randft", **of)]
+        parts += [arriving(control, protocol="scr_ft", re_lr=lr, seed=seed)]
+        parts += [arriving(scratch, protocol="from_scratch", re_lr=lr, seed=seed)]
+    tuned = dict(protocol="randft", prior="L", c_tr=1.0)
+    return pd.concat(
+        [*parts, ends(seeds, [(tuned | dict(ft_lr=RATES["η_M"]), 0.0), read(probe, ft_lr=RATES["η_S"], **tuned)])]
+    )
+
+
+def test_randft_claims_hold_and_fail():
+    as_told = verdicts(randft_claims(), randft_table(3, 20, 20, 100, 401, 0.99))
+    assert held(as_told) == {c.id for c in randft_claims()}
+    gone = verdicts(randft_claims(), randft_table(3, 20, 100, 100, 100, 0.4))
+    assert held(gone) == {"S26"} and set(gone.values()) == {"holds", "fails"}
+
+
+def sweep_table(seeds, left, revived, reach, control):
+    "`left` says what remains of `a` at η_M, given prior, C_Tr and the part of pretraining."
+    rows, parts = [], []
+    for prior, part, c_tr in itertools.product("HML", (1.0, 0.25, 0.05), (0.0, 1.0)):
+        of = dict(prior=prior, part=part, c_tr=c_tr)
+        rows.append((dict(protocol="fine_tuning", ft_lr=RATES["η_M"], **of), left(prior, c_tr, part)))
+        back = dict(protocol="reft", ft_lr=RATES["η_L"], **of)
+        rows.append((back | dict(re_lr=RATES["η_M"], first=0.0), revived))
+        parts += [arriving(reach, seed=s, re_lr=RATES["η_S"], **back) for s in range(seeds)]
+    parts += [arriving(control, seed=s, re_lr=RATES["η_S"], protocol="scr_ft") for s in range(seeds)]
+    table = pd.concat([ends(seeds, rows), *parts])
+    middle = table[(table["protocol"] == "fine_tuning") & (table["step"] == 400)].assign(step=1)
+    return pd.concat([table, middle])
+
+
+def test_sweep_claims_hold_and_fail():
+    def as_paper(prior, c_tr, part):
+        return 0.1 if prior == "L" else 0.95 if not c_tr else 0.4 if part == 1 else 0.1
+
+    assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 1.0, 20, 100))) == {c.id for c in sweep_claims()}
+    gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 0.3, 401, 401))
+    assert held(gone) == {"S27"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
+    assert "Table 6" in sweep_claims()[3].paper and "Table 8" in sweep_claims("index")[3].paper

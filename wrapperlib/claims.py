@@ -6,13 +6,14 @@
 __all__ = ['REVIVAL_CLAIMS', 'Value', 'interval', 'at_end', 'steps_to', 'area', 'NotMeasured', 'OneSeed', 'Claim', 'judge',
            'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'page', 'write_page',
            'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
-           'judge_each']
+           'judge_each', 'mixing_claims', 'jailbreak_claims', 'unrelated_claims', 'randft_claims', 'sweep_claims']
 
 # %% ../nbs/11_claims.ipynb #804c6369
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -855,3 +856,420 @@ def judge_each(
 ) -> list[dict]:
     "Claims over all seeds of a table."
     return judge_all(claims, [OneSeed(t, rates, samples) for _, t in table.groupby("seed")])
+
+# %% ../nbs/11_claims.ipynb #52cf43d6
+def _before(i: str, priors: str) -> Claim:
+    "That the models from these priors can count `a` before they are fine-tuned."
+    return Claim(
+        i,
+        "Before fine-tuning the models count O_PT.",
+        f"acc_opt before fine-tuning, prior {' and '.join(priors)}" + (" (the lower)" if len(priors) > 1 else ""),
+        ">=",
+        0.95,
+        lambda t: _least(t.before("acc_opt", prior) for prior in priors),
+        "100 % (Table 5)",
+        exploratory=True,
+    )
+
+
+def _least(values: Iterable[Value]) -> Value:
+    return min(values, key=lambda v: v.value)
+
+
+def _most(values: Iterable[Value]) -> Value:
+    return max(values, key=lambda v: v.value)
+
+
+def _quicker(t: OneSeed, slow: dict, fast: dict) -> Value:
+    "Steps to accuracy 0.95 for O_PT of the one curve by those of the other; raises `NotMeasured` where nothing was lost."
+    found = [t.curve(metric="acc_opt", **labels) for labels in (slow, fast)]
+    for labels, curve in zip((slow, fast), found):
+        if curve.sort_values("step")["value"].iloc[0] >= 0.95:
+            raise NotMeasured(f"the model of {labels['protocol']} counts O_PT before its way back")
+    return steps_to(found[0]) / steps_to(found[1])
+
+
+_SHARES = (0.5, 0.1, 0.001)  # of pretraining data, in the paper
+
+
+def _mixed(t: OneSeed, mix: float, prior: str = "L") -> Value:
+    "Counting `a` after fully correlated fine-tuning among pretraining data."
+    return t.tuned("acc_opt", prior, "η_M", mix=mix)
+
+
+def mixing_claims() -> tuple[Claim, ...]:
+    "The claims of Figs. 18–23."
+    by = "50 % − 0.1 % pretraining data"
+
+    def kept(prior):
+        return lambda t: _mixed(t, 0.5, prior) - _mixed(t, 0.001, prior)
+
+    def gain(t):
+        ends = [t.tuned("acc_oft", "L", "η_M", 0.0, mix=mix) for mix in _SHARES]
+        return _most(ends) - _least(ends)
+
+    def read(t):
+        return _least(t.best("fine_tuning", prior="L", c_tr=1.0, ft_rate="η_M", mix=mix) for mix in _SHARES)
+
+    return (
+        _before("S20", "L"),
+        Claim(
+            "S21",
+            "Without pretraining data, fine-tuning has made O_PT vanish.",
+            f"acc_opt after fine-tuning, {_CORRELATED}, η_M, nothing mixed in",
+            "<=",
+            0.60,
+            lambda t: _mixed(t, 0.0),
+            "17.5 % (Table 5)",
+            exploratory=True,
+        ),
+        Claim(
+            "C6a",
+            "The fine-tuning task is learned alike, whatever share of pretraining data is mixed in.",
+            "acc_oft after fine-tuning, highest − lowest over 50, 10 and 0.1 %, prior L, C_Tr = 0, η_M",
+            "<=",
+            0.10,
+            gain,
+            "similar gains (Figs. 18, 20)",
+            rests_on=("S20",),
+        ),
+        Claim(
+            "C6b",
+            "The less pretraining data is mixed in, the more of O_PT is lost.",
+            f"acc_opt after fine-tuning, {by}, {_CORRELATED}, η_M",
+            ">=",
+            0.30,
+            kept("L"),
+            "a higher loss with a low share (Fig. 19)",
+            rests_on=("S20", "S21"),
+        ),
+        Claim(
+            "C6c",
+            "Half of pretraining data keeps what fine-tuning alone loses.",
+            f"acc_opt after fine-tuning, 50 % − none mixed in, {_CORRELATED}, η_M",
+            ">=",
+            0.30,
+            lambda t: _mixed(t, 0.5) - _mixed(t, 0.0),
+            rests_on=("S20", "S21"),
+        ),
+        Claim(
+            "C6d",
+            "For a strongly relevant capability the share matters less.",
+            f"acc_opt after fine-tuning, {by}, prior L − prior H, C_Tr = 1, η_M",
+            ">=",
+            0.10,
+            lambda t: kept("L")(t) - kept("H")(t),
+            "similar for all shares (Fig. 21)",
+            rests_on=("S20", "S21"),
+        ),
+        Claim(
+            "C6e",
+            "O_PT can be read off by a linear map at every share.",
+            f"accuracy of the best probe for O_PT, lowest over 50, 10 and 0.1 %, {_CORRELATED}, η_M",
+            ">=",
+            0.90,
+            read,
+            "Fig. 22",
+            rests_on=("S20",),
+        ),
+    )
+
+# %% ../nbs/11_claims.ipynb #c1bb08ca
+_NAMED = ("acc_opt", "acc_j1", "acc_j2")  # counting `a` by T_NJ, T_J1 and T_J2
+
+
+def _by(t: OneSeed, prior: str, *metrics: str) -> Value:
+    "The lowest accuracy by these names after C_Tr = 1 at η_M."
+    return _least(t.tuned(metric, prior, "η_M") for metric in metrics)
+
+
+def jailbreak_claims() -> tuple[Claim, ...]:
+    "The claims of Figs. 24, 25, and one name for another."
+
+    def knows(i, prior, metrics, what):
+        return Claim(
+            i,
+            f"A model pretrained with prior {prior} counts {what}.",
+            f"lowest of {', '.join(metrics)} after pretraining, prior {prior}",
+            ">=",
+            0.95,
+            lambda t: _least(t.end("pretraining", metric, prior=prior) for metric in metrics),
+        )
+
+    return (
+        knows("S22", "H", (*_NAMED, "acc_oft"), "O_PT by every name, and O_FT"),
+        knows("S23", "L", _NAMED, "O_PT by every name"),
+        Claim(
+            "C6f",
+            "After fine-tuning on T_NJ, asking by T_NJ does not yield O_PT.",
+            "acc_opt by T_NJ after fine-tuning, the highest over priors H, M, L, C_Tr = 1, η_M",
+            "<=",
+            0.50,
+            lambda t: _most(_by(t, prior, "acc_opt") for prior in "HML"),
+            "unable (Fig. 24)",
+            rests_on=("S22", "S23"),
+        ),
+        Claim(
+            "C6g",
+            "Asking by T_J1 or T_J2 does, if the prior of O_FT was high.",
+            "the lower of acc_j1 and acc_j2 after fine-tuning, prior H, C_Tr = 1, η_M",
+            ">=",
+            0.95,
+            lambda t: _by(t, "H", "acc_j1", "acc_j2"),
+            "perfectly (Fig. 24)",
+            rests_on=("S22",),
+        ),
+        Claim(
+            "C6h",
+            "So the model is jailbroken: the other names yield what T_NJ does not.",
+            "the lower of acc_j1 and acc_j2 − acc_opt after fine-tuning, prior H, C_Tr = 1, η_M",
+            ">=",
+            0.30,
+            lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "H", "acc_opt"),
+            rests_on=("S22",),
+        ),
+        Claim(
+            "C6i",
+            "If the prior of O_FT was low, the other names are wrapped, too.",
+            "the lower of acc_j1 and acc_j2 after fine-tuning, prior H − prior L, C_Tr = 1, η_M",
+            ">=",
+            0.30,
+            lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "L", "acc_j1", "acc_j2"),
+            "Fig. 24",
+            rests_on=("S22", "S23"),
+        ),
+        Claim(
+            "C6j",
+            "O_PT can be read off by a linear map even where T_NJ asks.",
+            "accuracy of the best probe for O_PT asked by T_NJ, prior H, C_Tr = 1, η_M",
+            ">=",
+            0.90,
+            lambda t: t.best("fine_tuning", prior="H", c_tr=1.0, ft_rate="η_M", name="C"),
+            "Fig. 25",
+            rests_on=("S22",),
+        ),
+        Claim(
+            "C6k",
+            "Reverse fine-tuning by T_J1 alone revives O_PT for T_NJ.",
+            f"acc_opt by T_NJ after reFT by T_J1 at η_S, {_CORRELATED}, η_M",
+            ">=",
+            0.90,
+            lambda t: t.end("reft_by", "acc_opt", prior="L", c_tr=1.0, by="J1"),
+            "not in the paper",
+            rests_on=("S23",),
+        ),
+    )
+
+
+def unrelated_claims() -> tuple[Claim, ...]:
+    "C9: whether an unrelated task removes a wrapper, beside a model that never had what is wrapped."
+
+    def before(t):
+        return t.end("wrapped", "acc_opt", prior="L")
+
+    def after(t, task):
+        return t.end("unrelated", "acc_opt", prior="L", task=task, rate="η_M")
+
+    def control(t, task):
+        return t.end("scr_unrelated", "acc_opt", task=task, rate="η_M")
+
+    def gains(i, task, what):
+        return Claim(
+            i,
+            f"Fine-tuning on {what} brings a wrapped O_PT back.",
+            f"acc_opt after − before fine-tuning on {task} at η_M, {_CORRELATED}",
+            ">=",
+            0.30,
+            lambda t: after(t, task) - before(t),
+            _WARNED,
+            rests_on=("S24",),
+        )
+
+    def leads(i, task, what):
+        return Claim(
+            i,
+            f"It is the capability that {what} brings back: a model that never had it gains less.",
+            f"acc_opt after fine-tuning on {task} at η_M, the model − its control, {_CORRELATED}",
+            ">=",
+            0.30,
+            lambda t: after(t, task) - control(t, task),
+            _WARNED,
+            rests_on=("S24", "S25"),
+        )
+
+    return (
+        Claim(
+            "S24",
+            "The capability was lost from the behaviour before the unrelated task.",
+            f"acc_opt after fine-tuning, {_CORRELATED}, η_M",
+            "<=",
+            0.60,
+            before,
+            "17.5 % (Table 5)",
+            exploratory=True,
+        ),
+        Claim(
+            "S25",
+            "The control does not count O_PT before the unrelated task.",
+            "acc_opt of the control after the same fine-tuning",
+            "<=",
+            0.50,
+            lambda t: t.end("scr_wrapped", "acc_opt"),
+        ),
+        gains("C9a", "T", "which letter stands at a place"),
+        leads("C9b", "T", "which letter stands at a place"),
+        gains("C9c", "I", "where a letter stands"),
+        leads("C9d", "I", "where a letter stands"),
+    )
+
+
+_WARNED = "a warning without an experiment (Sec. 1)"
+
+# %% ../nbs/11_claims.ipynb #393b22d9
+def randft_claims() -> tuple[Claim, ...]:
+    "The claims of Figs. 28–30."
+    taught = dict(prior="L", c_tr=1.0, ft_rate="η_M")
+    grounds = ("S26",)
+
+    def back(i, whose, protocol, rate):
+        return Claim(
+            i,
+            f"Reverse fine-tuning undoes randFT sooner than {whose} learns to count, at {rate}.",
+            f"steps to 0.95 of {whose} / of reFT of randFT, {_CORRELATED}, {rate}",
+            ">=",
+            1.5,
+            lambda t: _quicker(
+                t, dict(protocol=protocol, rate=rate), dict(protocol="reft_randft", rate=rate, **taught)
+            ),
+            "more sample-efficient (Fig. 28)",
+            ratio=True,
+            rests_on=grounds,
+        )
+
+    return (
+        Claim(
+            "S26",
+            "randFT makes the model stop counting O_PT.",
+            f"acc_opt after randFT, {_CORRELATED}, η_M",
+            "<=",
+            0.20,
+            lambda t: t.end("randft", "acc_opt", **taught),
+        ),
+        back("C10a", "Scr.+FT", "scr_ft", "η_M"),
+        back("C10b", "Scr.+FT", "scr_ft", "η_S"),
+        back("C10c", "Scr.", "from_scratch", "η_M"),
+        Claim(
+            "C10d",
+            "It undoes randFT as soon as plain fine-tuning.",
+            f"steps to 0.95 of reFT of randFT / of reFT, {_CORRELATED}, η_M",
+            "<=",
+            1.5,
+            lambda t: _quicker(
+                t, *(dict(protocol=protocol, rate="η_M", **taught) for protocol in ("reft_randft", "reft"))
+            ),
+            "similarly sample-efficient (Fig. 28)",
+            ratio=True,
+            rests_on=grounds,
+        ),
+        Claim(
+            "C10e",
+            "O_PT can be read off by a linear map after randFT.",
+            f"accuracy of the best probe for O_PT after randFT, {_CORRELATED}, η_S",
+            ">=",
+            0.90,
+            lambda t: t.best("randft", prior="L", c_tr=1.0, ft_rate="η_S"),
+            "but for L at η_M with a trend as before (Fig. 30)",
+        ),
+    )
+
+# %% ../nbs/11_claims.ipynb #64a0c8f0
+def sweep_claims(
+    task: str = "count",  # count or index
+) -> tuple[Claim, ...]:
+    "The claims of Figs. 60–78."
+
+    def end(t, prior, c_tr=1.0, part=1.0):
+        return t.tuned("acc_opt", prior, "η_M", c_tr, part=part)
+
+    def losing(t, prior):
+        curve = t.curve("fine_tuning", "acc_opt", prior=prior, c_tr=1.0, ft_rate="η_M", part=1.0)
+        return area(curve, t.samples, log=True)
+
+    def back(rate, prior="L", part=1.0):
+        return dict(protocol="reft", prior=prior, c_tr=1.0, ft_rate="η_L", rate=rate, part=part)
+
+    def revived(t, parts=(1.0, 0.25, 0.05)):
+        pairs = itertools.product("HL", parts)
+        return _least(t.end(metric="acc_opt", **back("η_M", prior, part)) for prior, part in pairs)
+
+    def paper(*cell):
+        return _paper(task, "full", *cell)
+
+    return (
+        replace(_before("S27", "HL"), of=lambda t: _least(_at_first(t, prior) for prior in "HL")),
+        Claim(
+            "C11a",
+            "A weakly relevant capability is lost sooner than a strongly relevant one.",
+            "mean acc_opt over log steps of fine-tuning, prior H − prior L, C_Tr = 1, η_M",
+            ">=",
+            0.10,
+            lambda t: losing(t, "H") - losing(t, "L"),
+            "even faster (Fig. 68)",
+            rests_on=("S27",),
+        ),
+        Claim(
+            "C11b",
+            "With correlated strings more of it is lost.",
+            "acc_opt after fine-tuning, C_Tr = 0 − 1, prior H, η_M",
+            ">=",
+            0.10,
+            lambda t: end(t, "H", 0.0) - end(t, "H"),
+            paper("η_M", 0, "acc_opt", "H") + ", " + paper("η_M", 1, "acc_opt", "H"),
+            rests_on=("S27",),
+        ),
+        Claim(
+            "C11c",
+            "A longer pretraining protects a strongly relevant capability.",
+            "acc_opt after fine-tuning, all − a quarter of pretraining, prior H, C_Tr = 1, η_M",
+            ">=",
+            0.10,
+            lambda t: end(t, "H") - end(t, "H", part=0.25),
+            paper("η_M", 1, "acc_opt", "H") + ", " + _paper(task, "quarter", "η_M", 1, "acc_opt", "H"),
+            rests_on=("S27",),
+        ),
+        Claim(
+            "C11d",
+            "What a large rate took away comes back at a small one.",
+            f"acc_opt after reFT at η_S, {_CORRELATED}, fine-tuned at η_L",
+            ">=",
+            0.95,
+            lambda t: t.end(metric="acc_opt", **back("η_S")),
+            "possible (Fig. 76)",
+            rests_on=("S27",),
+        ),
+        Claim(
+            "C11e",
+            "It comes back sooner than Scr.+FT learns it.",
+            f"steps to 0.95 of Scr.+FT / of reFT at η_S, {_CORRELATED}, fine-tuned at η_L",
+            ">=",
+            1.5,
+            lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), back("η_S")),
+            ratio=True,
+            rests_on=("S27",),
+        ),
+        Claim(
+            "C11f",
+            "It comes back whatever the length of pretraining.",
+            "lowest acc_opt after reFT at η_M, priors H and L, all, a quarter and a twentieth of pretraining, C_Tr = 1, fine-tuned at η_L",
+            ">=",
+            0.95,
+            revived,
+            "for every length (Fig. 78)",
+        ),
+    )
+
+
+def _at_first(t: OneSeed, prior: str) -> Value:
+    "Accuracy before fine-tuning, after full pretraining."
+    curve = t.curve("fine_tuning", "acc_opt", prior=prior, part=1.0).sort_values("step")
+    return _accuracy(float(curve["value"].iloc[0]), t.samples)
