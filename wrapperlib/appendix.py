@@ -192,9 +192,9 @@ def jailbreak_plan(
             tuned = _measured_by_name(scale, fine_tuning(scale, base, c_tr, rate))
             labels = of_base | dict(c_tr=c_tr, ft_lr=scale.rates.get(rate))
             plan.append((dict(protocol="fine_tuning", **labels), tuned))
-            if (c_tr, rate) == (1.0, "η_M"):
-                labels |= dict(protocol="reft_by", re_lr=scale.rates["η_S"])
-                plan += [(labels | dict(by=name), reverse_by(scale, tuned, name)) for name in ("C", "J1")]
+        wrapped = _measured_by_name(scale, fine_tuning(scale, base, 1.0))
+        labels = dict(protocol="reft_by", **of_base, c_tr=1.0, ft_lr=scale.rates["η_M"], re_lr=scale.rates["η_S"])
+        plan += [(labels | dict(by=name), reverse_by(scale, wrapped, name)) for name in ("C", "J1")]
     return plan
 
 # %% ../nbs/17_appendix.ipynb #d0ce97f8
@@ -253,7 +253,7 @@ def with_part(
     part: float,  # of its pretraining steps
 ) -> Scale:
     "The scale with a shorter pretraining, with its schedule drawn together."
-    steps = max(1, int(scale.pretraining.steps * part))
+    steps = max(1, int(round(scale.pretraining.steps * part, 6)))  # 0.29 of 100 is 29
     return replace(scale, pretraining=replace(scale.pretraining, steps=steps))
 
 
@@ -266,17 +266,17 @@ def sweep_plan(
     c_trs: tuple[float, ...] = (0.0, 1.0),  # shares of correlated strings in fine-tuning
 ) -> list[tuple[dict, Run]]:
     "Labels and runs of Figs. 60–78: protocols fine_tuning, reft and scr_ft; own label: part, of pretraining."
-    plan = []
+    plan, main = [], [prior for prior in priors if prior in ("H", "M", "L")] or priors
     for seed, part in itertools.product(range(seeds), parts):
         numbers = with_part(scale, part)
-        for prior in [p for p in priors if part == 1 or p in ("H", "M", "L")]:
+        for prior in priors if part == 1 else main:
             base, of_base = pretraining(numbers, prior, seed), dict(seed=seed, prior=_text(prior), part=part)
             shorter = [(c, "η_M") for c in c_trs] + [(1.0, "η_L")] * (prior != "M")
             for c_tr, rate in itertools.product(c_trs, scale.rates) if part == 1 else shorter:
                 tuned = fine_tuning(numbers, base, c_tr, rate, family)
                 labels = of_base | dict(c_tr=c_tr, ft_lr=scale.rates[rate])
                 plan.append((dict(protocol="fine_tuning", **labels), tuned))
-                if rate == "η_L" and prior in ("H", "M", "L"):
+                if rate == "η_L" and prior in main:
                     plan += _ways_back(numbers, tuned, dict(protocol="reft", **labels), family)
         if part == 1:
             plan += _ways_back(numbers, scratch(numbers, seed), dict(protocol="scr_ft", seed=seed), family)

@@ -386,11 +386,9 @@ def curves(
     "Mean and range over seeds of curves, in a panel for each row and column. Figs. 18–30, 60–78."
     rows, columns = _values(table, row), _values(table, column)
     lines, kinds = _values(table, hue), _values(table, dash)
-    colours = dict(
-        zip(
-            lines, sns.color_palette("flare" if pd.api.types.is_numeric_dtype(table[hue]) else "colorblind", len(lines))
-        )
-    )
+    palette = "flare" if pd.api.types.is_numeric_dtype(table[hue]) else "colorblind"
+    colours = dict(zip(lines, sns.color_palette(palette, len(lines))))
+    colours |= {line: "k" for line in lines if line == "pretrained"}  # the baseline, as in Fig. 8
     size = (2.9 * len(columns) + 1.9, 2.3 * len(rows) + 0.3)
     fig, axes = plt.subplots(len(rows), len(columns), figsize=size, sharex=True, sharey=True, squeeze=False)
     for (r, c), ax in zip(itertools.product(rows, columns), axes.flat):
