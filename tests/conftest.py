@@ -1,12 +1,46 @@
+import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from wrapperlib.checks import BadInput
 from wrapperlib.model import Shape
 from wrapperlib.tasks import Domain
 
 REPO = pathlib.Path(__file__).parent.parent
+
+
+def papermill(folder, name, *arguments):
+    "Execute an experiment in another folder."
+    notebook = str(REPO / "nbs" / f"{name}.ipynb")
+    return subprocess.run(
+        [sys.executable, "-m", "papermill", notebook, f"{name}.ipynb", "--no-progress-bar", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )
+
+
+def cells(name):
+    "The cells of an experiment's notebook."
+    return json.loads((REPO / "nbs" / f"{name}.ipynb").read_text())["cells"]
+
+
+def refusal(name, given):
+    "What an experiment says when its check sees these parameters."
+    imports, parameters, check, *_ = ("".join(c["source"]) for c in cells(name) if c["cell_type"] == "code")
+    notebook = {}
+    exec(imports + "\n" + parameters, notebook)
+    notebook.update(given)
+    notebook.pop("__builtins__", None)
+    with pytest.raises(BadInput) as found:
+        exec(check, notebook)
+    return str(found.value)
 
 
 @pytest.fixture

@@ -9,7 +9,11 @@ import pytest
 from scipy import stats
 
 from wrapperlib.claims import (
+    JAILBREAK_CLAIMS,
+    MIXING_CLAIMS,
+    RANDFT_CLAIMS,
     REVIVAL_CLAIMS,
+    UNRELATED_CLAIMS,
     Claim,
     Value,
     area,
@@ -17,19 +21,15 @@ from wrapperlib.claims import (
     behavior_claims,
     beside_paper,
     interval,
-    jailbreak_claims,
     judge,
     judge_all,
     judge_each,
     judge_revival,
-    mixing_claims,
     paper_tables,
     probing_claims,
     pruning_claims,
-    randft_claims,
     steps_to,
     sweep_claims,
-    unrelated_claims,
     verdict_table,
 )
 
@@ -234,9 +234,8 @@ def test_every_claim_about_index_names_its_table():
     assert [c.id for c in count] == [c.id for c in index]
     assert all("Table 8" in c.paper for c in index if c.id[0] == "C") and "Table 5" in count[2].paper
     assert not any(c.exploratory for c in index) and any(c.exploratory for c in count)
-    appendix = (mixing_claims, jailbreak_claims, unrelated_claims, randft_claims, sweep_claims)
     every = [*REVIVAL_CLAIMS, *count, *pruning_claims(), *probing_claims()]
-    every += [claim for claims in appendix for claim in claims()]
+    every += [*MIXING_CLAIMS, *JAILBREAK_CLAIMS, *UNRELATED_CLAIMS, *RANDFT_CLAIMS, *sweep_claims()]
     assert len({c.id for c in every}) == len(every)
 
 
@@ -323,8 +322,8 @@ def mixing_table(seeds, opt, oft, probe):
 def test_mixing_claims_hold_and_fail():
     kept = {("L", 0.5): 0.97, ("L", 0.1): 0.6, ("L", 0.001): 0.2, ("L", 0.0): 0.1}
     as_told = mixing_table(3, lambda prior, mix: kept.get((prior, mix), 0.95), lambda mix: 0.98, 0.99)
-    assert held(verdicts(mixing_claims(), as_told)) == {c.id for c in mixing_claims()}
-    gone = verdicts(mixing_claims(), mixing_table(3, lambda *_: 0.1, lambda mix: 0.5 + mix, 0.4))
+    assert held(verdicts(MIXING_CLAIMS, as_told)) == {c.id for c in MIXING_CLAIMS}
+    gone = verdicts(MIXING_CLAIMS, mixing_table(3, lambda *_: 0.1, lambda mix: 0.5 + mix, 0.4))
     assert held(gone) == {"S20", "S21"} and set(gone.values()) == {"holds", "fails"}
 
 
@@ -343,10 +342,10 @@ def jailbreak_table(seeds, by_c, by_j, probe, revived):
 
 def test_jailbreak_claims_hold_and_fail():
     as_told = jailbreak_table(3, lambda prior: 0.2, lambda prior: 1.0 if prior == "H" else 0.3, 0.99, 1.0)
-    assert held(verdicts(jailbreak_claims(), as_told)) == {c.id for c in jailbreak_claims()}
-    nothing = verdicts(jailbreak_claims(), jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
+    assert held(verdicts(JAILBREAK_CLAIMS, as_told)) == {c.id for c in JAILBREAK_CLAIMS}
+    nothing = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
     assert {i for i, v in nothing.items() if v == "fails"} == {"C6f", "C6h", "C6i"}
-    all_lost = verdicts(jailbreak_claims(), jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
+    all_lost = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
     assert {i for i, v in all_lost.items() if v == "fails"} == {"C6g", "C6h", "C6i", "C6j", "C6k"}
 
 
@@ -360,13 +359,13 @@ def unrelated_table(seeds, wrapped, after, control):
 
 
 def test_a_wrapper_that_goes_and_one_that_stays_and_a_control_that_gains_as_much():
-    ids = {c.id for c in unrelated_claims()}
-    assert held(verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.8, 0.3))) == ids
-    stays = verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.15, 0.2))
+    ids = {c.id for c in UNRELATED_CLAIMS}
+    assert held(verdicts(UNRELATED_CLAIMS, unrelated_table(3, 0.1, 0.8, 0.3))) == ids
+    stays = verdicts(UNRELATED_CLAIMS, unrelated_table(3, 0.1, 0.15, 0.2))
     assert held(stays) == {"S24", "S25"} and set(stays.values()) == {"holds", "fails"}
-    anyway = verdicts(unrelated_claims(), unrelated_table(3, 0.1, 0.8, 0.8))
+    anyway = verdicts(UNRELATED_CLAIMS, unrelated_table(3, 0.1, 0.8, 0.8))
     assert held(anyway) == {"S24", "S25", "C9a", "C9c"}
-    never_lost = verdicts(unrelated_claims(), unrelated_table(3, 0.9, 0.9, 0.2))
+    never_lost = verdicts(UNRELATED_CLAIMS, unrelated_table(3, 0.9, 0.9, 0.2))
     assert never_lost["S24"] == "fails" and held(never_lost) == {"S25"}
 
 
@@ -391,9 +390,9 @@ def randft_table(seeds, plain, taught, control, scratch, probe):
 
 
 def test_randft_claims_hold_and_fail():
-    as_told = verdicts(randft_claims(), randft_table(3, 20, 20, 100, 401, 0.99))
-    assert held(as_told) == {c.id for c in randft_claims()}
-    gone = verdicts(randft_claims(), randft_table(3, 20, 100, 100, 100, 0.4))
+    as_told = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 20, 100, 401, 0.99))
+    assert held(as_told) == {c.id for c in RANDFT_CLAIMS}
+    gone = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 100, 100, 100, 0.4))
     assert held(gone) == {"S26"} and set(gone.values()) == {"holds", "fails"}
 
 

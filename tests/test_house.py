@@ -13,7 +13,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.conftest import REPO
+from tests.conftest import REPO, cells
 from wrapperlib.claims import as_markdown, page
 
 NOTEBOOKS = sorted(REPO.glob("nbs/*.ipynb"))
@@ -155,3 +155,11 @@ def test_every_public_name_is_documented():
             ):
                 bare.append(f"{path.stem}.{node.name}")
     assert not bare
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_parameter_has_a_type_and_a_meaning(path):
+    [cell] = [c for c in cells(path.stem) if "parameters" in c["metadata"].get("tags", [])]
+    for line in "".join(cell["source"]).splitlines():
+        rest = line.split(": ", 1)[1]
+        assert rest.startswith(("str = ", "int = ")) and "  # " in rest, line

@@ -22,6 +22,7 @@ from wrapperlib.protocols import (
     O_PT,
     WAY_BACK,
     Scale,
+    _prior_label,
     fine_tuning,
     pretraining,
     reverse,
@@ -77,7 +78,7 @@ def randft_plan(
         ]
         for prior, c_tr, rate in itertools.product(priors, c_trs, WAY_BACK):
             wrong = rand_ft(scale, pretraining(scale, prior, seed), c_tr, rate)
-            labels = dict(seed=seed, prior=_text(prior), c_tr=c_tr, ft_lr=scale.rates[rate])
+            labels = dict(seed=seed, prior=_prior_label(prior), c_tr=c_tr, ft_lr=scale.rates[rate])
             plan.append((dict(protocol="randft", **labels), wrong))
             if rate == "η_M":
                 plan += [
@@ -85,10 +86,6 @@ def randft_plan(
                     for r in WAY_BACK
                 ]
     return plan
-
-
-def _text(prior: str | tuple[float, ...]) -> str:
-    return prior if isinstance(prior, str) else "/".join(map(str, prior))
 
 # %% ../nbs/17_appendix.ipynb #fa3820e7
 def mixed(
@@ -122,7 +119,7 @@ def mixing_plan(
     "Labels and runs of Figs. 18–23: fine-tunings with an own label, mix, the share of pretraining data."
     plan, every = [], sorted({0.0, *shares})
     for seed, prior, mix, c_tr, rate in itertools.product(range(seeds), priors, every, c_trs, rates):
-        labels = dict(seed=seed, prior=_text(prior), c_tr=c_tr, ft_lr=scale.rates.get(rate), mix=mix)
+        labels = dict(seed=seed, prior=_prior_label(prior), c_tr=c_tr, ft_lr=scale.rates.get(rate), mix=mix)
         run = mixed(scale, pretraining(scale, prior, seed), c_tr, mix, rate)
         plan.append((dict(protocol="fine_tuning", **labels), run))
     return plan
@@ -186,7 +183,7 @@ def jailbreak_plan(
     "Labels and runs of Figs. 24, 25; and after C_Tr = 1 at η_M the way back at η_S by C and by J1 (protocol reft_by, own label by)."
     scale, plan = with_names(scale), []
     for seed, prior in itertools.product(range(seeds), priors):
-        base, of_base = named_pretraining(scale, prior, seed), dict(seed=seed, prior=_text(prior))
+        base, of_base = named_pretraining(scale, prior, seed), dict(seed=seed, prior=_prior_label(prior))
         plan.append((dict(protocol="pretraining", **of_base), base))
         for c_tr, rate in itertools.product(c_trs, rates):
             tuned = _measured_by_name(scale, fine_tuning(scale, base, c_tr, rate))
@@ -230,7 +227,7 @@ def unrelated_plan(
         plan += _aside(scale, control, dict(protocol="scr_unrelated", seed=seed), rates)
         for prior in priors:
             wrapped = fine_tuning(scale, pretraining(scale, prior, seed), 1.0)
-            labels = dict(seed=seed, prior=_text(prior))
+            labels = dict(seed=seed, prior=_prior_label(prior))
             plan.append((dict(protocol="wrapped", **labels), wrapped))
             plan += _aside(scale, wrapped, dict(protocol="unrelated", **labels), rates)
             back = dict(protocol="wrapped_reft", **labels, re_lr=scale.rates["η_M"])
@@ -270,7 +267,7 @@ def sweep_plan(
     for seed, part in itertools.product(range(seeds), parts):
         numbers = with_part(scale, part)
         for prior in priors if part == 1 else main:
-            base, of_base = pretraining(numbers, prior, seed), dict(seed=seed, prior=_text(prior), part=part)
+            base, of_base = pretraining(numbers, prior, seed), dict(seed=seed, prior=_prior_label(prior), part=part)
             shorter = [(c, "η_M") for c in c_trs] + [(1.0, "η_L")] * (prior != "M")
             for c_tr, rate in itertools.product(c_trs, scale.rates) if part == 1 else shorter:
                 tuned = fine_tuning(numbers, base, c_tr, rate, family)

@@ -180,10 +180,16 @@ def _headline(fig: Figure, text: str):
 
 
 def _share_legend(ax, colours: dict[float, tuple], others: dict[str, dict]):
-    "What colours and line styles mean, at the right of a panel."
-    lines = [Line2D([], [], color=colour, label=f"C_Tr = {share:g}") for share, colour in colours.items()]
-    lines += [Line2D([], [], **(dict(color="0.3") | style), label=label) for label, style in others.items()]
-    ax.legend(handles=lines, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    "What the colours of C_Tr and line styles mean, at the right of a panel."
+    place = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _legend(ax, {f"C_Tr = {share:g}": colour for share, colour in colours.items()}, others, **place)
+
+
+def _legend(ax, colours: dict[str, tuple], styles: dict[str, dict], **place):
+    "What colours and kinds of line mean."
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    lines += [Line2D([], [], **(dict(color="0.3") | style), label=label) for label, style in styles.items()]
+    ax.legend(handles=lines, frameon=False, **place)
 
 
 _WHOSE = dict(acc_opt="O_PT (a)", acc_oft="O_FT (b)")
@@ -402,7 +408,8 @@ def curves(
         ax.set_xlabel(x if ax in axes[-1] else "")
         ax.set_ylabel((_said(row, r, rates) + "\n" if row else "") + y if ax in axes[:, 0] else "", fontsize=9)
     styles = {_said(dash, kind, rates): dict(ls=style) for kind, style in zip(kinds, _DASHES)} if dash else {}
-    _legend(axes[0][-1], {_said(hue, line, rates): colour for line, colour in colours.items()}, styles)
+    place = dict(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=9)
+    _legend(axes[0][-1], {_said(hue, line, rates): colour for line, colour in colours.items()}, styles, **place)
     _headline(fig, f"{title}, {_seeds(table['seed'].nunique())}")
     return fig
 
@@ -414,13 +421,6 @@ def _steps_axis(ax, steps: pd.Series, x: str):
         ax.set_xscale("symlog", linthresh=1)
     else:
         ax.set_xticks(range(int(steps.max()) + 1), [f"B{i}" for i in range(int(steps.max()) + 1)])
-
-
-def _legend(ax, colours: dict[str, tuple], styles: dict[str, dict]):
-    "What colours and kinds of line mean, at the right of a panel."
-    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    lines += [Line2D([], [], color="0.3", label=label, **style) for label, style in styles.items()]
-    ax.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9)
 
 
 def heat(
