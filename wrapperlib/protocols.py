@@ -337,7 +337,7 @@ def estimate(
     missing = {r for _, run in plan for r in run.lineage if not store.finished(r)}
 
     def kind(run):
-        return run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
+        return run.shape, run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
 
     examples, how_many = {kind(run): run for run in missing}, Counter(map(kind, missing))
     total = sum(_seconds_of(run, device) * how_many[k] for k, run in examples.items())
@@ -348,6 +348,8 @@ def _seconds_of(run: Run, device: str) -> float:
     "Seconds that a run takes."
     model = run.fresh_model()
     training = run.recipe.steps * seconds_per_step(model, run.stream, run.recipe, device)
+    if not run.measures:
+        return training
     ids = run.measures[0].samples().to(device)
     began = time.perf_counter()
     accuracy(model, ids)
