@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'THEMES', 'SET_UP', 'OUTCOME', 'SENTENCES', 'SAYINGS', 'MORALS', 'CHANCE', 'tell', 'has_twist', 'detect',
-           'bag_of_words', 'source_tales']
+           'Exactly', 'bag_of_words', 'source_tales']
 
 # %% ../nbs/22_tales.ipynb #3b9e71f9
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -280,6 +281,18 @@ def detect(
         Conflict=bool(_found(text, "quarrel")),
     )
     return tuple(f for f in FEATURES if has[f])
+
+
+@dataclass(frozen=True)
+class Exactly:
+    "The judge of tales: `has_twist`."
+
+    def says(
+        self,
+        texts: list[str],  # stories
+    ) -> list[bool]:
+        "Whether each has a twist."
+        return [has_twist(text) for text in texts]
 
 # %% ../nbs/22_tales.ipynb #8dacbc7e
 def bag_of_words(
