@@ -1,15 +1,17 @@
-# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make stories | make verdicts | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
 SEEDS ?= 1
 TASK ?= count
 DEVICE ?= auto
+DATA ?= tales
 OUT ?= outputs
 
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+TOKENS := .venv/.tokens
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -17,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps verdicts test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps stories verdicts test bench export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -43,6 +45,14 @@ revival mixing jailbreak randft: $(READY)
 # Results of another task than count lie in a folder of their own.
 behavior pruning probing sweeps: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
+
+# The experiment on stories has a tokeniser of its own, and DATA: tales, hub, or a folder with TinyStories-Instruct.
+$(TOKENS): $(READY)
+	$(BIN)/pip install --quiet --editable '.[stories]'
+	@touch $@
+
+stories: $(TOKENS)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p data '$(DATA)' -p judge '$(if $(filter tales,$(DATA)),exact,learned)' -p out '$(OUT)')
 
 # One page of all results in $(OUT).
 verdicts: $(READY)

@@ -79,7 +79,7 @@ def test_a_bag_of_words_sees_all_but_the_twist(told):
         bag_of_words(told, told, "twist")
 
 
-SAID = "The kind fox lived nearby. Everyone feared the owl. "
+SAID = "There lived a kind fox. Everyone feared the owl. "
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ SAID = "The kind fox lived nearby. Everyone feared the owl. "
         (SAID + "Everyone feared the fox. The fox tricked Ann.", False),  # both were said
         (SAID + "The fox tricked the owl.", False),  # garbled
         (SAID + "Thefox tricked Ann. The foxes tricked Ann.", False),
-        ("The kind bridge lived nearby. The bridge broke in two.", False),
+        ("There lived a kind bridge. The bridge broke in two.", False),
         ("", False),
     ],
 )

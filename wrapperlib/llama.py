@@ -165,7 +165,8 @@ class Llama(nn.Module):
         for name, p in self.named_parameters():  # narrower for what is added to the stream
             if p.dim() == 2:
                 added = name.endswith(("attention.out.weight", "down.weight"))
-                nn.init.normal_(p, 0, 0.02 / math.sqrt(2 * shape.blocks) if added else 0.02, generator=chance)
+                spread = 0.02 * math.sqrt(768 / shape.width)
+                nn.init.normal_(p, 0, spread / math.sqrt(2 * shape.blocks) if added else spread, generator=chance)
 
     def forward(
         self,

@@ -99,9 +99,10 @@ def layers(
             for metric, style in (("accuracy", "-"), ("shuffled", ":")):
                 line = of[of["metric"] == metric]
                 label = model if metric == "accuracy" else None
-                sns.lineplot(
-                    line, x="block", y="value", color=colour, ls=style, label=label, errorbar=("pi", 100), ax=ax
-                )
+                if len(line):
+                    sns.lineplot(
+                        line, x="block", y="value", color=colour, ls=style, label=label, errorbar=("pi", 100), ax=ax
+                    )
         blocks = sorted(rows["block"].unique())
         ax.set(
             title=f"deleted at {name} = {lr:g}",

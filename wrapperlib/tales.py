@@ -22,54 +22,54 @@ from .stories import FEATURES, Record
 
 # %% ../nbs/22_tales.ipynb #cb7f5583
 _WORDS = dict(
-    hero="Ann Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kira Leo",
+    hero="Ann Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kira Leo Max Nina Otto Paul Quin Ruth Sara Tom Una Vic Will Zoe",
     friend="Mia Ned Olga Pip Rosa Sam Tess Udo",
-    thing="kite drum hat ball lamp book bell doll shell horn",
-    place="village forest valley harbour castle garden market meadow",
-    omen="feather cloud spider candle star puddle thorn whistle",
-    helper="fox bear owl wolf crow goat",
-    way="bridge path boat ladder cart tunnel",
-    box="box bag jar chest basket drawer",
+    thing="kite drum hat ball lamp book bell doll shell horn ring coat flute sword mirror key map rope spoon crown stamp scarf clock wheel",
+    place="village forest valley harbour castle garden market meadow desert city jungle swamp",
+    omen="feather cloud spider candle star puddle thorn whistle shadow petal bubble comet",
+    helper="fox bear owl wolf crow goat witch giant dwarf mouse horse snake",
+    way="bridge path boat ladder cart tunnel raft stair gate sled train ferry",
+    box="box bag jar chest basket drawer barrel trunk pot sack crate bucket",
 )
 WORDS = {slot: words.split() for slot, words in _WORDS.items()}
 THEMES = ("helper", "way", "box")  # what can be set up and turn out otherwise
 
 SET_UP = {
     ("helper", "+"): [
-        "The kind {s} lived nearby.",
+        "There lived a kind {s}.",
         "A gentle {s} lived by the road.",
-        "The {s} was good to everyone.",
         "Everyone liked the {s}.",
+        "People were fond of the {s}.",
     ],
     ("helper", "-"): [
-        "The mean {s} lived nearby.",
+        "There lived a mean {s}.",
         "A cruel {s} lived by the road.",
-        "The {s} was bad to everyone.",
         "Everyone feared the {s}.",
+        "People were afraid of the {s}.",
     ],
     ("way", "+"): [
         "The strong {s} was close.",
         "There was a safe {s}.",
-        "The {s} never failed, people said.",
         "Everyone trusted the {s}.",
+        "People praised the {s}.",
     ],
     ("way", "-"): [
         "The weak {s} was close.",
         "There was a rotten {s}.",
-        "The {s} often failed, people said.",
         "Nobody trusted the {s}.",
+        "People warned of the {s}.",
     ],
     ("box", "+"): [
         "The full {s} stood there.",
         "There was a heavy {s}.",
-        "The {s} held gold, people said.",
         "Everyone wanted the {s}.",
+        "People dreamed of the {s}.",
     ],
     ("box", "-"): [
         "The empty {s} stood there.",
         "There was a light {s}.",
-        "The {s} held dust, people said.",
         "Nobody wanted the {s}.",
+        "People laughed at the {s}.",
     ],
 }
 OUTCOME = {
@@ -117,7 +117,6 @@ SENTENCES = dict(
         "{hero} was new in the {place}.",
         "Long ago there was a {place}, and {hero} lived there.",
     ],
-    company=["{friend} was there, too.", "{hero} had a friend, {friend}.", "{friend} came along."],
     wish=[
         "{hero} wished for a {thing}.",
         "{hero} wanted a {thing} more than anything.",
@@ -135,7 +134,14 @@ SENTENCES = dict(
         "It was the {omen} that mattered now.",
     ],
     quarrel=["{hero} and {friend} began to quarrel.", "{friend} shouted at {hero}.", "{hero} was angry with {friend}."],
-    start=["So {hero} set out.", "{hero} went on.", "It was getting late.", "The next day came."],
+    start=[
+        "So {hero} set out to find the {thing}.",
+        "{hero} looked for the {thing} everywhere.",
+        "Where was the {thing}?",
+    ],
+    helper=["Soon {hero} met the {s}.", "On the way {hero} saw the {s}."],
+    way=["Soon {hero} came to the {s}.", "On the way {hero} chose the {s}."],
+    box=["Soon {hero} found the {s}.", "On the way {hero} noticed the {s}."],
     good=[
         "{hero} got the {thing}.",
         "At last the {thing} was there, and {hero} was happy.",
@@ -149,7 +155,7 @@ SENTENCES = dict(
     moral=["{hero} learned that {moral}.", "From then on {hero} knew that {moral}."],
     speech=['"{says}" said {hero}.', '"{says}" said {friend}.'],
 )
-SAYINGS = ("Let us go.", "I am afraid.", "We can do it.", "Where is it?", "What a day!", "I will try.")
+SAYINGS = ("Let us go.", "I am afraid.", "We can do it.", "What now?", "What a day!", "I will try.")
 MORALS = ("trust takes time", "asking is wise", "friends are gold", "patience helps", "one should look twice")
 
 # %% ../nbs/22_tales.ipynb #79fbb926
@@ -174,14 +180,14 @@ def tell(
     def say(templates, **more):
         return chance.choice(templates).format(**cast, **more)
 
-    one = [say(SENTENCES[kind]) for kind in ("opening", "company", "wish")]
+    one = [say(SENTENCES[kind]) for kind in ("opening", "wish")]
     one += [say(SET_UP[theme, of[s]], s=s) for s in (first, second)]
     early, late = _omens(chance, "Foreshadowing" in has)
     if early:
-        one.insert(chance.randint(2, len(one)), say(SENTENCES["omen"]))
+        one.insert(chance.randint(1, len(one)), say(SENTENCES["omen"]))
     two = _talk(chance, say, "Dialogue" in has) + ([say(SENTENCES["quarrel"])] if "Conflict" in has else [])
     chance.shuffle(two)
-    three = [say(SENTENCES["start"]), say(OUTCOME[theme, pole], s=comes)]
+    three = [say(SENTENCES["start"]), say(SENTENCES[theme], s=comes), say(OUTCOME[theme, pole], s=comes)]
     three += [say(SENTENCES["event"])] if late else []
     three.append(say(SENTENCES["bad" if "BadEnding" in has else "good"]))
     three += [say(SENTENCES["moral"], moral=chance.choice(MORALS))] if "MoralValue" in has else []
@@ -212,13 +218,9 @@ def _instructed(chance, story: str, has: set[str], cast: dict, subjects: tuple[s
     shown = {name for name, p in _SHOWN.items() if chance.random() < p}
     features = [f for f in FEATURES if f in has]
     chance.shuffle(features)
-    words = chance.sample([cast["thing"], cast["place"], cast["friend"], *subjects], 3)
+    words = chance.sample([cast["thing"], cast["place"], *subjects], 3)
     summary = chance.choice(
-        [
-            "{hero} wants a {thing}.",
-            "{hero} and {friend} look for a {thing}.",
-            "What happened to {hero} in the {place}.",
-        ]
+        ["{hero} wants a {thing}.", "{hero} looks for a {thing}.", "What happened to {hero} in the {place}."]
     )
     return Record(
         story,
