@@ -9,6 +9,7 @@ import pytest
 from wrapperlib.checks import BadInput
 from wrapperlib.stories import FEATURES, parse
 from wrapperlib.tales import (
+    AGAIN,
     CHANCE,
     SET_UP,
     THEMES,
@@ -53,14 +54,13 @@ def test_no_line_of_the_instruction_tells_how_it_turns_out(told):
 
 
 def exchanged(story):
-    "The story with the two that were set up taken for each other in the set-ups."
-    names = [w for theme in THEMES for w in WORDS[theme]]
-    templates = [t for some in SET_UP.values() for t in some]
-    setups = [m for t in templates for m in re.finditer(re.escape(t).replace(r"\{s\}", f"({'|'.join(names)})"), story)]
-    one, other = sorted(setups, key=lambda m: m.start())
-    new = [m[0].replace(m[1], by[1]) for m, by in ((one, other), (other, one))]
-    middle = story[one.end() : other.start()]
-    return story[: one.start()] + new[0] + middle + new[1] + story[other.end() :]
+    "The story with the two that were set up taken for each other in all that is said of them."
+    names = "|".join(w for theme in THEMES for w in WORDS[theme])
+    templates = [t for table in (SET_UP, AGAIN) for some in table.values() for t in some]
+    either = "|".join(re.escape(t).replace(r"\{s\}", f"(?:{names})") for t in templates)
+    one, other = sorted({re.search(rf"\b({names})\b", m)[1] for m in re.findall(either, story)})
+    swap = {one: other, other: one}
+    return re.sub(either, lambda m: re.sub(rf"\b({names})\b", lambda n: swap[n[1]], m[0]), story)
 
 
 def test_the_same_words_make_a_story_with_and_without_a_twist(told):
