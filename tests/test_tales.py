@@ -9,10 +9,9 @@ import pytest
 from wrapperlib.checks import BadInput
 from wrapperlib.stories import FEATURES, parse
 from wrapperlib.tales import (
-    AGAIN,
     CHANCE,
-    SET_UP,
     THEMES,
+    TRAITS,
     WORDS,
     _found,
     _poles,
@@ -54,13 +53,10 @@ def test_no_line_of_the_instruction_tells_how_it_turns_out(told):
 
 
 def exchanged(story):
-    "The story with the two that were set up taken for each other in all that is said of them."
-    names = "|".join(w for theme in THEMES for w in WORDS[theme])
-    templates = [t for table in (SET_UP, AGAIN) for some in table.values() for t in some]
-    either = "|".join(re.escape(t).replace(r"\{s\}", f"(?:{names})") for t in templates)
-    one, other = sorted({re.search(rf"\b({names})\b", m)[1] for m in re.findall(either, story)})
-    swap = {one: other, other: one}
-    return re.sub(either, lambda m: re.sub(rf"\b({names})\b", lambda n: swap[n[1]], m[0]), story)
+    "The story with the two traits taken for each other, wherever they stand."
+    traits = "|".join(trait for some in TRAITS.values() for trait in some)
+    one, other = sorted(set(re.findall(rf"\b({traits})\b", story)))
+    return re.sub(rf"\b({traits})\b", lambda m: {one: other, other: one}[m[1]], story)
 
 
 def test_the_same_words_make_a_story_with_and_without_a_twist(told):
@@ -79,22 +75,24 @@ def test_a_bag_of_words_sees_all_but_the_twist(told):
         bag_of_words(told, told, "twist")
 
 
-SAID = "There lived a kind fox. Everyone feared the owl. "
+SAID = "There lived a kind fox. People told of a cruel owl. "
 
 
 @pytest.mark.parametrize(
     "text, twist",
     [
-        (SAID + "The fox tricked Ann.", True),
-        (SAID + "The fox helped Ann.", False),
-        (SAID + "The owl helped Ann.", True),
-        (SAID + "The owl tricked Ann.", False),
-        ("The fox tricked Ann. " + SAID, False),  # nothing had been said yet
-        (SAID + "The bear tricked Ann.", False),  # nothing was said of the bear
-        (SAID + "Everyone feared the fox. The fox tricked Ann.", False),  # both were said
-        (SAID + "The fox tricked the owl.", False),  # garbled
-        (SAID + "Thefox tricked Ann. The foxes tricked Ann.", False),
-        ("There lived a kind bridge. The bridge broke in two.", False),
+        (SAID + "The kind fox tricked Ann.", True),
+        (SAID + "The kind fox helped Ann.", False),
+        (SAID + "The cruel owl helped Ann.", True),
+        (SAID + "The cruel owl tricked Ann.", False),
+        (SAID + "The kind owl tricked Ann.", False),  # it was set up as cruel, and that counts
+        (SAID + "The cruel fox helped Ann.", False),
+        ("The kind fox tricked Ann. " + SAID, False),  # nothing had been said yet
+        (SAID + "The kind bear tricked Ann.", False),  # nothing was said of the bear
+        (SAID + "There lived a mean fox. The kind fox tricked Ann.", False),  # both were said
+        (SAID + "The kind fox tricked the owl.", False),  # garbled
+        (SAID + "Thekind fox tricked Ann. The kind foxes tricked Ann.", False),
+        ("There lived a kind bridge. The kind bridge broke in two.", False),
         ("", False),
     ],
 )
