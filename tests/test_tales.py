@@ -12,7 +12,6 @@ from wrapperlib.tales import (
     CHANCE,
     THEMES,
     TRAITS,
-    WORDS,
     _found,
     _poles,
     _words,

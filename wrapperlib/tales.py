@@ -146,8 +146,8 @@ SENTENCES = dict(
 SAYINGS = ("Let us go.", "I am afraid.", "We can do it.", "What now?", "What a day!", "I will try.")
 MORALS = ("trust takes time", "asking is wise", "friends are gold", "patience helps", "one should look twice")
 
-# %% ../nbs/22_tales.ipynb #79fbb926
-CHANCE = dict(zip(FEATURES, (0.35, 0.3, 0.3, 0.3, 0.3, 0.3)))  # of each feature in a story
+# %% ../nbs/22_tales.ipynb #7fd5f190
+CHANCE = dict(zip(FEATURES, (0.2, 0.3, 0.3, 0.3, 0.3, 0.3)))  # of each feature in a story
 _SHOWN = dict(
     words=0.4, summary=0.4, sentence=0.25
 )  # of each line of the instruction; `Features` is there if there are any
