@@ -81,6 +81,12 @@ def test_another_question_other_code_and_another_model_are_asked_anew(trained, m
     assert len(others | {analysis._kept(store, ROWS, scale, run, False)}) == 5
 
 
+def test_many_rows_alone_have_a_sweep_but_no_picture_of_where_the_few_sit(trained):
+    store, plan = trained
+    table = look_at_all(store, Pruning(ks=(0, 30)), SCALE, [({}, plan[0][1], False)], workers=1)
+    assert set(table["k"]) == {0, 30} and "rows" not in set(table["metric"])
+
+
 def test_a_damaged_table_is_refused_by_name_and_left(trained):
     store, plan = trained
     asked = Pruning(ks=(0, 7))

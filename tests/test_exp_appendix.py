@@ -119,7 +119,7 @@ def test_an_unrelated_task_never_counts_and_its_control_never_counted_a():
     assert (letters(pairs[0][0]) == letters(pairs[1][0])).all()
 
 
-def test_probes_by_name_know_which_names_question_they_read(tmp_path):
+def test_probes_by_name_know_which_names_question_they_read(tmp_path, monkeypatch):
     scale = appendix.with_names(SMOKE)
     base = appendix.named_pretraining(scale, "H")
     tuned = fine_tuning(scale, base, 1.0)
@@ -133,8 +133,11 @@ def test_probes_by_name_know_which_names_question_they_read(tmp_path):
     per = table.groupby(["protocol", "operand", "name", "metric"]).size()
     assert (per == SMOKE.shape.blocks + 1).all()
     assert appendix.read_off(store, plan, scale, question, workers=1).equals(table)
-    other = appendix.ProbingByName(samples=128, code="other")
-    assert analysis._kept(store, question, scale, tuned, False) != analysis._kept(store, other, scale, tuned, False)
+    here = analysis._kept(store, question, scale, tuned, False)
+    others = analysis.sources_of(question) | dict(appendix="changed")
+    assert len(others) == len(analysis.sources_of(question))  # this room's source is among those that count
+    monkeypatch.setattr(analysis, "sources_of", lambda question: others)
+    assert here != analysis._kept(store, question, scale, tuned, False)
 
 
 NAMES = ("exp_randft", "exp_mixing", "exp_jailbreak", "exp_sweeps")

@@ -21,7 +21,7 @@ from . import probing, pruning
 from .checks import BadInput, Rule, check, whole
 from .model import GPT
 from .protocols import O_FT, O_PT, SCALES, Scale, measure
-from .runs import Line, Run, Store, address, cores, source_digests, write_whole
+from .runs import Line, Run, Store, address, cores, describe, source_digests, sources_of, write_whole
 from .tasks import Edited, one_task
 from .training import accuracy
 
@@ -70,9 +70,9 @@ class Pruning:
         "For each K the share of the later half, and for Fig. 7's largest the rows in each matrix of each block."
         chosen = {k: pruning.top(scores, k) for k in self.ks if k}
         rows = [dict(metric="later_half", k=k, value=pruning.later_half(units)) for k, units in chosen.items()]
-        few = max(k for k in chosen if k <= FEW)
-        counts = pruning.where(chosen[few]).stack()
-        rows += [dict(metric="rows", k=few, block=b, matrix=m, value=n) for (b, m), n in counts.items()]
+        for few in [k for k in chosen if k <= FEW][-1:]:
+            counts = pruning.where(chosen[few]).stack()
+            rows += [dict(metric="rows", k=few, block=b, matrix=m, value=n) for (b, m), n in counts.items()]
         return pd.DataFrame(rows).assign(way="top", c_te=0.0)
 
 
@@ -107,12 +107,14 @@ class Probing:
         return table.reset_index().melt("site", var_name="metric").assign(operand=operand, c_te=0.0)
 
 # %% ../nbs/16_analysis.ipynb #2a2c7b73
-_ASKS = ("probing", "pruning", "analysis")  # the modules that decide what is found
+def _sources(question) -> dict[str, str]:
+    "Digests of the modules that decide what is found."
+    return sources_of(question) | source_digests(("probing", "pruning"))
 
 
 def _kept(store: Store, question, scale: Scale, run: Run, untrained: bool) -> Path:
     "Where what was found lies or will lie."
-    asked = json.dumps([address(run), untrained, repr(question), scale.samples, source_digests(_ASKS)])
+    asked = json.dumps([address(run), untrained, describe(question), scale.samples, _sources(question)])
     return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.csv"
 
 

@@ -9,7 +9,7 @@ __all__ = ['SHARES', 'NAMES', 'UNRELATED', 'ALL_PRIORS', 'PARTS', 'from_scratch'
 
 # %% ../nbs/17_appendix.ipynb #04b7534b
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -30,7 +30,7 @@ from wrapperlib.protocols import (
     scratch,
     share_list,
 )
-from .runs import Run, Store, source_digests
+from .runs import Run, Store
 from .streams import Mixture, Named, Relabelled, asked_by_all_names, with_synonyms
 from .tasks import Curriculum, Edited, one_task
 from .training import Measure, accuracy
@@ -284,18 +284,12 @@ def _ways_back(scale: Scale, start: Run, labels: dict, family: str) -> list[tupl
     return [(labels | dict(re_lr=scale.rates[r]), reverse(scale, start, r, family)) for r in WAY_BACK]
 
 # %% ../nbs/17_appendix.ipynb #ef48326d
-def _code() -> str:
-    "Of this room and that on streams: what a question of this room finds depends on them."
-    return " ".join(source_digests(("appendix", "streams")).values())
-
-
 @dataclass(frozen=True)
 class ProbingByName:
     "What can be read off the residual stream when counting is asked for by one name or another? Fig. 25."
 
     names: tuple[str, ...] = ("C", "J1")  # task tokens
     samples: int = 4096  # to learn from, and as many others to test on
-    code: str = field(default_factory=_code)  # findings of other code are not these
 
     def of(
         self,

@@ -39,9 +39,10 @@ def _place(name: str) -> tuple[int, str] | None:
     return match and (int(match[1]), match[2])
 
 
-def _bias(model: nn.Module, name: str) -> nn.Parameter | None:
-    "The bias that belongs to a matrix's rows, if it has one."
-    return dict(model.named_parameters()).get(name.removesuffix("weight") + "bias")
+def _with_biases(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter | None]]:
+    "Each weight matrix and the bias that belongs to its rows, if it has one."
+    named = dict(model.named_parameters())
+    return {name: (p, named.get(name.removesuffix("weight") + "bias")) for name, p in matrices(model).items()}
 
 # %% ../nbs/06_pruning.ipynb #462c7953
 def answer_loss(
@@ -61,16 +62,16 @@ def scores(
 ) -> Units:
     "Signed θ·∂loss/∂θ of each unit, in nats: one forward and one backward pass over the samples. Algorithm 3."
     _unit("unit", unit)
-    weights = matrices(model)
-    biases = {name: _bias(model, name) for name in weights if unit == "row" and _bias(model, name) is not None}
-    owned, gradients = [*weights.values(), *biases.values()], None
+    both = _with_biases(model)
+    biases = {name: bias for name, (_, bias) in both.items() if unit == "row" and bias is not None}
+    owned, gradients = [*(weight for weight, _ in both.values()), *biases.values()], None
     for part in ids.split(batch):
         share = loss(model, part) * (len(part) / len(ids))
         new = torch.autograd.grad(share, owned, materialize_grads=True)
         gradients = new if gradients is None else [g + x for g, x in zip(gradients, new)]
     products = [(p * g).detach() for p, g in zip(owned, gradients)]
-    found = {name: x.sum(1) if unit == "row" else x for name, x in zip(weights, products)}
-    return found | {name: found[name] + x for name, x in zip(biases, products[len(weights) :])}
+    found = {name: x.sum(1) if unit == "row" else x for name, x in zip(both, products)}
+    return found | {name: found[name] + x for name, x in zip(biases, products[len(both) :])}
 
 # %% ../nbs/06_pruning.ipynb #78c2963a
 def top(
@@ -129,13 +130,13 @@ def pruned(
 
 def _changes(model, chosen, means):
     "What a parameter's entries become: triples of parameter, entries, value."
-    weights = matrices(model)
+    there = _with_biases(model)
     for name, mask in chosen.items():
-        fits = name in weights and mask.shape == weights[name].shape[: mask.dim()]
+        weight, bias = there.get(name, (None, None))
+        fits = weight is not None and mask.shape == weight.shape[: mask.dim()]
         check(fits, "units", f"{name} of shape {tuple(mask.shape)}", "those of this model's matrices")
-        bias = _bias(model, name)
         check(not means or (mask.dim() == 1 and bias is not None), "means", name, "for rows that have a bias")
-        yield weights[name], mask, 0.0
+        yield weight, mask, 0.0
         if mask.dim() == 1 and bias is not None:
             yield bias, mask, means[name][mask] if means else 0.0
 

@@ -131,10 +131,10 @@ _BASE = {f"wrapperlib.{name}" for name in SOURCES}
 
 
 def sources_of(
-    run: Run,  # any run
+    what: object,  # a run, or a question about one
 ) -> dict[str, str]:
-    "Digests of the modules that decide what a run comes to: the four, and others that define classes of its configuration. Raises `BadInput` if one has no file."
-    others = {kind.__module__: kind for kind in _kinds(run) if kind.__module__ not in _BASE}
+    "Digests of the modules that decide what it comes to: the four, and others that define classes of its configuration. Raises `BadInput` if one has no file."
+    others = {kind.__module__: kind for kind in _kinds(what) if kind.__module__ not in _BASE}
     # a worker process knows the script that started it by another name
     names = {name: name.removeprefix("wrapperlib.").replace("__mp_main__", "__main__") for name in others}
     return source_digests() | {names[name]: _module_digest(name, others[name].__name__) for name in sorted(others)}
