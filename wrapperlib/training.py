@@ -34,6 +34,7 @@ class Recipe:
     sequence: float = 1.0  # weight of the mean loss over all tokens
     answer: float = 0.0  # weight of the loss on the answer token
     muon: float = 0.0  # highest rate of Muon on the blocks' matrices; 0: AdamW trains them, too
+    momentum: float = 0.0  # of SGD, which then trains everything (App. C.1); 0: AdamW
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
     weight_decay: float = 1e-4  # on all parameters
     clip: float = 1.0  # largest gradient norm
@@ -45,6 +46,8 @@ class Recipe:
             ("betas", all(0 <= b < 1 for b in self.betas), "numbers from 0 to below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "numbers from 0"),
             ("muon", 0 <= self.muon < math.inf, "numbers from 0"),
+            ("momentum", 0 <= self.momentum < 1, "numbers from 0 to below 1"),
+            ("momentum", not (self.momentum and self.muon), "0 beside Muon"),
             ("lr", 0 < self.lr < math.inf, "numbers above 0"),
             ("warmup", 0 <= self.warmup < 1, "0 to below 1"),
             ("floor", 0 <= self.floor <= 1, "0 to 1"),
@@ -172,7 +175,7 @@ class Progress:
     "Where training stands: all that a resumed run needs."
 
     step: int  # steps done
-    tensors: dict[str, Tensor]  # `model.*`, `adamw.*` and `muon.*`
+    tensors: dict[str, Tensor]  # `model.*`, `adamw.*`, `muon.*` and `sgd.*`
     log: list[dict]  # rows of step, metric, c_te, value
 
 
@@ -287,24 +290,28 @@ class Muon(torch.optim.Optimizer):
 
 
 # %% ../nbs/03_training.ipynb #b75fd90f
-_MOMENTS = dict(adamw=("step", "exp_avg", "exp_avg_sq"), muon=("momentum_buffer",))
+_MOMENTS = dict(adamw=("step", "exp_avg", "exp_avg_sq"), muon=("momentum_buffer",), sgd=("momentum_buffer",))
 
 
 def optimisers(
     stack: Stack,  # what to train
     recipe: Recipe,  # rates, betas, weight decay
 ) -> dict[str, torch.optim.Optimizer]:
-    "AdamW, and with it Muon for the blocks' matrices if the recipe has a rate for it."
+    "AdamW, and with it Muon for the blocks' matrices if the recipe has a rate for it; SGD if it has a momentum."
     of = {kind: [] for kind in _MOMENTS}
     for name, p in stack.parameters.items():
         of[_kind(stack.models[0], name, recipe)].append(p)
     decay = dict(weight_decay=recipe.weight_decay)
+    if recipe.momentum:
+        return {"sgd": torch.optim.SGD(of["sgd"], lr=recipe.lr, momentum=recipe.momentum, **decay)}
     found = {"adamw": torch.optim.AdamW(of["adamw"], lr=recipe.lr, betas=recipe.betas, fused=True, **decay)}
     return found | ({"muon": Muon(of["muon"], lr=recipe.muon, **decay)} if of["muon"] else {})
 
 
 def _kind(model: nn.Module, name: str, recipe: Recipe) -> str:
     "Which optimiser trains a parameter."
+    if recipe.momentum:
+        return "sgd"
     return "muon" if recipe.muon and name.startswith("blocks.") and model.get_parameter(name).dim() == 2 else "adamw"
 
 
@@ -321,7 +328,7 @@ def one_step(
     for kind, optimiser in optimisers.items():
         optimiser.zero_grad(set_to_none=True)
         for group in optimiser.param_groups:
-            group["lr"] = height * dict(adamw=recipe.lr, muon=recipe.muon)[kind]
+            group["lr"] = height * dict(adamw=recipe.lr, muon=recipe.muon, sgd=recipe.lr)[kind]
     total = torch.zeros(len(stack.models), device=ids.device)
     for part in parts(ids):
         with _autocast(ids.device):  # left before the weights change: it keeps the copies it has cast until then
