@@ -107,12 +107,13 @@ class Probing:
         return table.reset_index().melt("site", var_name="metric").assign(operand=operand, c_te=0.0)
 
 # %% ../nbs/16_analysis.ipynb #2a2c7b73
-_ASKS = ("probing", "pruning", "analysis")  # the modules that decide what is found
+_ASKS = ("probing", "pruning", "analysis")  # the modules that decide what is found, with a question's `sources`
 
 
 def _kept(store: Store, question, scale: Scale, run: Run, untrained: bool) -> Path:
     "Where what was found lies or will lie."
-    asked = json.dumps([address(run), untrained, repr(question), scale.samples, source_digests(_ASKS)])
+    asks = (*_ASKS, *getattr(question, "sources", ()))
+    asked = json.dumps([address(run), untrained, repr(question), scale.samples, source_digests(asks)])
     return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.csv"
 
 

@@ -34,11 +34,11 @@ def counter(
 ):
     "Algorithm 1: how often the letter occurs, as a RASP program. Needs `tracr`."
     rasp = _tracr().rasp
-    marked = rasp.tokens == letter
+    marked = (rasp.tokens == letter).named("marked")
     chosen = rasp.Select(marked, rasp.indices, rasp.Comparison.EQ)
-    count = rasp.SelectorWidth(chosen)
+    count = rasp.SelectorWidth(chosen).named("selector_width")
     itself = rasp.Select(rasp.indices, rasp.indices, rasp.Comparison.EQ)
-    return rasp.Aggregate(itself, count)
+    return rasp.Aggregate(itself, count).named("answer")
 
 
 def largest(
@@ -47,9 +47,9 @@ def largest(
     "Algorithm 2: the nth largest letter, where a > b > c …, as a RASP program. Needs `tracr`."
     rasp = _tracr().rasp
     larger = rasp.Select(rasp.tokens, rasp.tokens, rasp.Comparison.LT)
-    target = rasp.SelectorWidth(larger) == nth - 1
-    chosen = rasp.Select(target, rasp.indices, rasp.Comparison.EQ)
-    return rasp.Aggregate(chosen, rasp.tokens)
+    marked = (rasp.SelectorWidth(larger).named("selector_width") == nth - 1).named("marked")
+    chosen = rasp.Select(marked, rasp.indices, rasp.Comparison.EQ)
+    return rasp.Aggregate(chosen, rasp.tokens).named("answer")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,9 @@ def _bytes_of(program: str | Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
-        raise BadInput(f"program is {str(program)!r}; allowed: {', '.join(SHIPPED)}, or a file that can be read") from None
+        raise BadInput(
+            f"program is {str(program)!r}; allowed: {', '.join(SHIPPED)}, or a file that can be read"
+        ) from None
 
 
 def _parse(data: bytes, program: str | Path) -> Weights:
@@ -327,7 +329,7 @@ class Program:
     name: str = "counter"  # counter, counter_b, max, or the path of a file
     noise: float = 0.0  # standard deviation of what is added to all weights
     weights: str = field(init=False)  # digest of the file: other weights, other runs
-    sources = ("compiled",)  # what a run of it depends on besides `runs.SOURCES`
+    sources = ("compiled", "letters")  # what a run of it depends on besides `runs.SOURCES`
 
     def __post_init__(self):
         check(0 <= self.noise < math.inf, "noise", self.noise, "numbers from 0")
