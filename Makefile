@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings test bench export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "PYTHON is %s; allowed: Python 3.11 or newer, e.g. make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev,tracr]'
 	@touch $@
 
 # The executed copy is written elsewhere and comes to its place when it is whole: a failed run leaves the last good one.
@@ -43,6 +43,10 @@ revival: $(READY)
 # Results of another task than count lie in a folder of their own.
 behavior pruning probing: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
+
+# Compiled programs: scale smoke, desk or paper.
+tracr tracr_readings: $(READY)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
 
 # Only the benchmarks need what they compare with; `make bench_step` runs one of them.
 $(PEERS): $(READY)
