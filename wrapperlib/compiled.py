@@ -11,6 +11,7 @@ __all__ = ['BOS', 'PAD', 'SHIPPED', 'ANSWER', 'counter', 'largest', 'Weights', '
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -117,7 +118,7 @@ def compiled_weights(
     answers = sorted(encoder.encoding_map, key=encoder.encoding_map.get)
     labels = [str(label) for label in made.residual_labels]
     about = dict(
-        residual=labels,
+        residual=_without_numbers(labels),
         tokens=sorted(made.input_encoder.encoding_map, key=made.input_encoder.encoding_map.get),
         answers=[str(a) for a in answers],
         channels=[labels.index(f"{program.label}:{a}") for a in answers],
@@ -129,6 +130,12 @@ def compiled_weights(
     return Weights(tensors, about)
 
 # %% ../nbs/07_compiled.ipynb #a87207b3
+def _without_numbers(labels: list[str]) -> list[str]:
+    "Labels without the numbers that the compiler gives to expressions in their order of making, unless two would become one."
+    plain = [re.sub(r"_\d+(?=:|$|_selector_width_attn)", "", label) for label in labels]
+    return plain if len(set(plain)) == len(labels) else labels
+
+
 def save_weights(
     path: str | Path,  # where; ends in .safetensors
     weights: Weights,  # as from `compiled_weights`

@@ -52,7 +52,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("smoke", replace(_BASE, steps=4, batch=8), _NOISE, 64),
-        Size("desk", replace(_BASE, steps=500, batch=32), _NOISE, 512),
+        Size("desk", replace(_BASE, steps=400, batch=32), _NOISE, 512),
         Size("paper", _BASE, _NOISE, 1024),
     )
 }
@@ -191,6 +191,8 @@ READINGS = (
     Reading("noise 0.001", noise=1e-3),
     Reading("noise 0.0003", noise=3e-4),
     Reading("no clipping", clip=NEVER),
+    Reading("clipped at 0.1", clip=0.1),
+    Reading("clipped at 0.01", clip=0.01),
     Reading("0.001, no clipping", noise=1e-3, clip=NEVER),
     Reading("momentum 0.5", momentum=0.5),
     Reading("10 letters", drawn=10),
@@ -269,7 +271,8 @@ def impossible(
     cells: pd.DataFrame,  # with columns rate, c_tr, c_te, metric, at, paper
 ) -> int:
     "How many pairs of accuracies for O_PT and O_FT on strings with the correlation exceed 100 % together, rounding allowed for."
-    both = cells.query("c_te == 1").pivot_table(index=["rate", "c_tr", "at"], columns="metric", values="paper")
+    index = [key for key in ("task", "rate", "c_tr", "at") if key in cells]
+    both = cells.query("c_te == 1").pivot_table(index=index, columns="metric", values="paper")
     return int((both.sum(axis=1) > 1.0011).sum())
 
 
@@ -282,7 +285,7 @@ def beside_paper(
     names = {lr: name for name, lr in rates.items()}
     keys = ["task", "rate", "c_tr", "c_te", "metric", "at"]
     tuned = _at(table.query("protocol == 'fine_tuning'"), "ft_lr", {"end": 1.0})
-    back = table.query("protocol == 'reft' and ft_lr == @rates['η_M']") if "η_M" in rates else table[:0]
+    back = table[(table["protocol"] == "reft") & (table["ft_lr"] == rates["η_M"])]
     back = _at(back, "re_lr", {"early": at_early, "final": 1.0})
     papers = {3: _cells(3), 4: table4().assign(task="counter")}
     found = []
