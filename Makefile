@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps verdicts test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps verdicts test bench export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -43,6 +43,10 @@ revival mixing jailbreak randft: $(READY)
 # Results of another task than count lie in a folder of their own.
 behavior pruning probing sweeps: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
+
+# Compiled programs: scale smoke, desk or paper.
+tracr tracr_readings: $(READY)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
 
 # One page of all results in $(OUT).
 verdicts: $(READY)
