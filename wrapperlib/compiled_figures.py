@@ -173,7 +173,7 @@ def histograms(
 
 # %% ../nbs/19_compiled_figures.ipynb #c5d14c60
 def revival(
-    table: pd.DataFrame,  # as from `compiled_runs.carry_out`
+    table: pd.DataFrame,  # as from `protocols.carry_out`
     rates: dict[str, float],  # name → learning rate of the way back
     ft_lr: float,  # of the fine-tuning
     scale: str,  # its name, for the title
