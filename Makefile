@@ -10,6 +10,7 @@ OUT ?= outputs
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+COMPILER := .venv/.compiler
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -57,12 +58,19 @@ $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
+# JAX and tracr are there for what compiles programs anew: the tests, and the benchmark beside JAX.
+$(COMPILER): $(READY)
+	$(BIN)/pip install --quiet --editable '.[tracr]'
+	@touch $@
+
 bench: $(BENCHES)
+
+bench_tracr: $(COMPILER)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
 
-test: $(READY)
+test: $(COMPILER)
 	$(BIN)/ruff check .
 	$(BIN)/pytest
 
