@@ -17,6 +17,7 @@ from wrapperlib.tasks import PRIORS, Domain, Edited, Natural, one_task
 from wrapperlib.training import (
     FINE_TUNING,
     Measure,
+    Momentum,
     Muon,
     NotFinite,
     Progress,
@@ -139,7 +140,7 @@ def test_muon_trains_the_blocks_matrices_and_resumes_bit_for_bit(domain, shape):
 
 
 def test_a_recipe_with_momentum_is_torchs_sgd_and_resumes_bit_for_bit(domain, shape):
-    stream, recipe = one_task(domain, "T", "a"), Recipe(steps=20, lr=0.05, momentum=0.9, batch=16, **ANSWER)
+    stream, recipe = one_task(domain, "T", "a"), Momentum(steps=20, lr=0.05, batch=16, **ANSWER)
     ours, theirs, again = (GPT(len(domain.vocabulary), domain.row_length, shape) for _ in range(3))
     kept = []
     log = train(ours, stream, recipe, 5, save=kept.append, save_every=0)
@@ -171,7 +172,7 @@ def trainees(domain, shape, n=3, **changes):
 )
 def test_a_stack_is_the_loop(domain, shape, loss):
     "Twenty steps of three models as one program, and of each alone, in float64 where rounding cannot hide a mistake."
-    recipe = Recipe(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
+    recipe = (Momentum if "momentum" in loss else Recipe)(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
     alone, together = trainees(domain, shape), trainees(domain, shape)
     for t in (*alone, *together):
         t.model.double()
@@ -270,15 +271,14 @@ def test_a_loss_that_is_not_finite_names_its_step(domain, shape):
         ("floor", 2.0),
         ("clip", 0.0),
         ("muon", -1.0),
-        ("momentum", 1.0),
         ("answer", -1.0),
     ],
 )
 def test_bad_recipes_are_named(field, value):
     with pytest.raises(BadInput, match=f"{field} is"):
         replace(Recipe(), **{field: value})
-    with pytest.raises(BadInput, match=r"momentum is .*; allowed: 0 beside Muon"):
-        Recipe(muon=1e-3, momentum=0.5)
+    with pytest.raises(BadInput, match="momentum is 1"):
+        Momentum(momentum=1.0)
     with pytest.raises(BadInput, match="answer is 0"):
         Recipe(sequence=0.0, answer=0.0)
 

@@ -28,11 +28,11 @@ from .letters import TASKS, Letters
 from .model import read
 from .protocols import share_list
 from .runs import Run, Store
-from .training import Measure, NotFinite, Recipe, accuracy, pick_device, train
+from .training import Measure, Momentum, NotFinite, accuracy, pick_device, train
 
 # %% ../nbs/18_compiled_runs.ipynb #b36e4caa
 RATES = {"η_L": 1e-1, "η_M": 1e-2, "η_S": 1e-3, "η_VS": 1e-4}
-_BASE = Recipe(steps=10_000, lr=1e-2, momentum=0.9, sequence=0.0, answer=1.0, weight_decay=0.0, clip=1.0)
+_BASE = Momentum(steps=10_000, lr=1e-2, sequence=0.0, answer=1.0, weight_decay=0.0, clip=1.0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Size:
     "All numbers that the protocols for compiled programs need."
 
     name: str
-    recipe: Recipe  # of fine-tuning, reFT and Scr.+FT; its rate is replaced by one of those below
+    recipe: Momentum  # of fine-tuning, reFT and Scr.+FT; its rate is replaced by one of those below
     noise: float  # standard deviation of what is added to the compiled weights
     samples: int  # test samples of a measure
     rates: dict[str, float] = field(default_factory=lambda: dict(RATES), hash=False)
@@ -80,7 +80,7 @@ def _measures(size: Size, task: str) -> tuple[Measure, ...]:
     return tuple(Measure(f"acc_{asked}", Letters(task, asked, share), share, size.samples) for asked, share in _BOTH)
 
 
-def _recipe(size: Size, rate: str) -> Recipe:
+def _recipe(size: Size, rate: str) -> Momentum:
     one_of(size.rates)("rate", rate)
     return replace(size.recipe, lr=size.rates[rate])
 
