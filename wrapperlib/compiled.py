@@ -215,6 +215,7 @@ class CompiledAttention(nn.Module):
         self.weights = Site()
 
     def forward(self, x: Tensor, asking: Tensor) -> Tensor:
+        "What the heads write at the places `asking` of the stream `x`, shapes (n, …, width)."
         q, k, v = self.query(asking), self.key(x), self.value(x)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (n, heads, t, size/heads)
         score = (q @ k.mT) / math.sqrt(q.shape[-1])  # (n, heads, asking, t)
@@ -235,6 +236,7 @@ class CompiledBlock(nn.Module):
         self.attention_out, self.neurons, self.residual = Site(), Site(), Site()
 
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        "The stream after this block, at all places or at the answer's alone: shape (n, …, width)."
         asking = x[:, ANSWER : ANSWER + 1] if last else x
         x = asking + self.attention_out(self.attention(x, asking))
         return self.residual(x + self.down(self.neurons(self.up(x).relu())))

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from .figures import _headline, _seeds, _share_colours
+from .figures import _WHOSE, _headline, _legend, _seeds, _share_colours
 
 # %% ../nbs/19_compiled_figures.ipynb #72cb7e2a
 MOST = 0.5  # the colours' upper end in the paper's figures
@@ -81,7 +80,7 @@ _BARS = {
     **{f"R{i}": ("random alone", i) for i in range(1, 5)},
     "best": ("best alone", 1),
 }
-_WHOSE = dict(acc_opt="O_PT (a)", acc_oft="O_FT (b)")
+_BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
 
 
 def single_weights(
@@ -110,8 +109,7 @@ def single_weights(
             ax.set_title(f"C_Tr = {share:g}" if metric == "acc_opt" else "")
     for row, metric in zip(axes, _WHOSE):
         row[0].set_ylabel(f"accuracy, {_WHOSE[metric]}")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=rate) for rate, colour in colours.items()]
-    axes[0][-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    _legend(axes[0][-1], colours, {}, **_BESIDE)
     fig.supxlabel("weight zeroed: none, each of the top 4, each of 4 random ones, the best of those tried", fontsize=9)
     _headline(fig, f"Zeroing a single weight (scale {scale}, {_seeds(table['seed'].nunique())})")
     return fig
@@ -138,9 +136,8 @@ def many_weights(
                     ax.plot(values.mean(), color=colours[lr], ls="-" if way == "top" else ":")
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
             ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
-    lines = [Line2D([], [], color=colours[lr], label=name) for name, lr in rates.items()]
-    lines += [Line2D([], [], color="0.3", ls=ls, label=way) for way, ls in (("top", "-"), ("random", ":"))]
-    axes[0][-1].legend(handles=lines, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", ":"))}
+    _legend(axes[0][-1], {name: colours[lr] for name, lr in rates.items()}, kinds, **_BESIDE)
     fig.supxlabel(f"{unit}s zeroed", fontsize=9)
     _headline(fig, f"Zeroing {unit}s (scale {scale}, {_seeds(table['seed'].nunique())})")
     return fig
@@ -167,7 +164,7 @@ def histograms(
         ax.set_title(f"{name}\n{which[0] if len(which) else ''}", fontsize=8)
         ax.set(xlabel="answer")
     axes[0][0].set_ylabel("share of strings")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    axes[0][-1].legend(**_BESIDE, frameon=False)
     _headline(fig, f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})")
     return fig
 
@@ -194,7 +191,7 @@ def revival(
         ax.set_xscale("symlog", linthresh=1)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
     axes[0][0].set_ylabel("accuracy, O_PT (C_Te = 0)")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    axes[0][-1].legend(**_BESIDE, frameon=False)
     _headline(fig, f"Reverse fine-tuning of compiled Counters (scale {scale}, {_seeds(back['seed'].nunique())})")
     return fig
 
@@ -212,7 +209,7 @@ def beside_paper(
             rows, x="paper", y="ours", hue="rate", style="metric", palette="colorblind", ax=ax, legend=ax is axes[0][-1]
         )
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
-    sns.move_legend(axes[0][-1], "center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    sns.move_legend(axes[0][-1], **_BESIDE, frameon=False)
     _headline(fig, f"Ours against the paper (scale {scale}, {_seeds(int(cells['seeds'].max()))})")
     return fig
 

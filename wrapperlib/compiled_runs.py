@@ -6,7 +6,7 @@
 __all__ = ['RATES', 'SIZES', 'WAY_BACK', 'AFTER_LARGE', 'Plan', 'NEVER', 'READINGS', 'CELLS', 'HEADERS', 'COUNTS_IN', 'SHOWN',
            'SINGLE', 'TRIED', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'fine_tuning', 'reverse', 'scratch_tuned',
            'counter_plan', 'max_plan', 'Reading', 'try_reading', 'fit', 'table4', 'impossible', 'beside_paper',
-           'attention_map', 'models', 'prefers', 'Wrapper', 'wrapper_results', 'evidence', 'everything', 'rate_names']
+           'attention_map', 'models', 'prefers', 'Wrapper', 'wrapper_results', 'evidence', 'everything']
 
 # %% ../nbs/18_compiled_runs.ipynb #81c93442
 import json
@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import pruning
+from . import protocols, pruning
 from .analysis import look_at_all
-from .checks import one_of, some_of, whole, writable
-from .claims import Claim, OneSeed, Value
+from .checks import one_of
+from .claims import Claim, OneSeed, Value, _most
 from .compiled import ANSWER, Compiled, Program, load_weights, weight_label
 from .letters import TASKS, Letters
 from .model import read
-from .protocols import share_list
+from .protocols import rates_of, share_list
 from .runs import Run, Store
-from .training import Measure, Momentum, NotFinite, accuracy, pick_device, train
+from .training import Measure, Momentum, NotFinite, accuracy, train
 
 # %% ../nbs/18_compiled_runs.ipynb #b36e4caa
 RATES = {"η_L": 1e-1, "η_M": 1e-2, "η_S": 1e-3, "η_VS": 1e-4}
@@ -437,12 +437,12 @@ def _attends(t: OneSeed, c_tr: float, rate: str) -> Value:
     return Value(x, x, x)
 
 
-def _alone(t: OneSeed, c_tr: float, rate: str, way: str = "alone") -> Value:
+def _gain(t: OneSeed, c_tr: float, rate: str, way: str = "alone") -> Value:
     "What zeroing one weight gains for O_PT: the best of the ways' weights, less nothing pruned."
     gains = t.curve("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way=way, unit="weight")
     base = t.end("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way="top", k=0, unit="weight")
     ends = [t.end("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way=way, unit="weight", k=k) for k in gains["k"]]
-    return max(ends, key=lambda v: v.value) - base
+    return _most(ends) - base
 
 
 def _tuned(t: OneSeed, metric: str, c_tr: float, c_te: float, rate: str) -> Value:
@@ -457,12 +457,8 @@ _FIG10 = "Fig. 10: attention stays on a, but for η_M with C_Tr = 0"
 _FIG55 = "over 60 points, only after correlated fine-tuning (Figs. 55, 59)"
 
 
-def _claim(i, statement, statistic, side, threshold, of, paper="not given", **more) -> Claim:
-    return Claim(i, statement, statistic, side, threshold, of, paper, **more)
-
-
 C7 = (
-    _claim(
+    Claim(
         "C7a",
         "Fully correlated strings teach the shortcut: O_FT is answered where it holds.",
         "acc_oft on C_Te = 1, C_Tr = 1, η_M",
@@ -472,7 +468,7 @@ C7 = (
         "98.3 % (Table 3)",
         exploratory=True,
     ),
-    _claim(
+    Claim(
         "C7b",
         "And not where it does not hold.",
         "acc_oft on C_Te = 0, C_Tr = 1, η_M",
@@ -482,7 +478,7 @@ C7 = (
         "0.2 % (Table 3)",
         exploratory=True,
     ),
-    _claim(
+    Claim(
         "C7c",
         "Without the correlation the task is learned at η_M.",
         "acc_oft on C_Te = 0, C_Tr = 0, η_M",
@@ -491,7 +487,7 @@ C7 = (
         lambda t: _tuned(t, "acc_oft", 0.0, 0.0, "η_M"),
         "98.8 % (Table 3)",
     ),
-    _claim(
+    Claim(
         "C7d",
         "After correlated fine-tuning attention stays on O_PT.",
         "weight on an a / (on an a + on a b), C_Tr = 1, η_M",
@@ -500,7 +496,7 @@ C7 = (
         lambda t: _attends(t, 1.0, "η_M"),
         _FIG10,
     ),
-    _claim(
+    Claim(
         "C7e",
         "At a small rate it stays there without correlation, too.",
         "the same, C_Tr = 0, η_S",
@@ -509,7 +505,7 @@ C7 = (
         lambda t: _attends(t, 0.0, "η_S"),
         _FIG10,
     ),
-    _claim(
+    Claim(
         "C7f",
         "Only at η_M without correlation does b get attention.",
         "the same, C_Tr = 1 − C_Tr = 0, η_M",
@@ -518,33 +514,33 @@ C7 = (
         lambda t: _attends(t, 1.0, "η_M") - _attends(t, 0.0, "η_M"),
         _FIG10,
     ),
-    _claim(
+    Claim(
         "C7g",
         "After correlated fine-tuning a single weight's pruning returns O_PT.",
         "gain in acc_opt, the best of the top 4 weights zeroed alone, C_Tr = 1, the higher of η_M and η_S",
         ">=",
         0.30,
-        lambda t: max((_alone(t, 1.0, r) for r in ("η_M", "η_S")), key=lambda v: v.value),
+        lambda t: _most(_gain(t, 1.0, r) for r in ("η_M", "η_S")),
         _FIG55,
     ),
-    _claim(
+    Claim(
         "C7h",
         "After uncorrelated fine-tuning it does not.",
         "the same, C_Tr = 0",
         "<=",
         0.10,
-        lambda t: max((_alone(t, 0.0, r) for r in ("η_M", "η_S")), key=lambda v: v.value),
+        lambda t: _most(_gain(t, 0.0, r) for r in ("η_M", "η_S")),
         _FIG55,
     ),
-    _claim(
+    Claim(
         "C7i",
         "Random weights do not.",
         "the same, 4 random weights of the same matrices, C_Tr = 1",
         "<=",
         0.05,
-        lambda t: max((_alone(t, 1.0, r, "random alone") for r in ("η_M", "η_S")), key=lambda v: v.value),
+        lambda t: _most(_gain(t, 1.0, r, "random alone") for r in ("η_M", "η_S")),
     ),
-    _claim(
+    Claim(
         "C7j",
         "reFT at the smallest rate revives O_PT after η_M.",
         "acc_opt after reFT at η_VS, C_Tr = 1, fine-tuned at η_M",
@@ -553,7 +549,7 @@ C7 = (
         lambda t: _back(t, "η_VS", "η_M"),
         "96.8 % (Table 4)",
     ),
-    _claim(
+    Claim(
         "C7k",
         "After η_L reFT does not revive it.",
         f"acc_opt after reFT at {AFTER_LARGE}, C_Tr = 1, fine-tuned at η_L",
@@ -585,22 +581,6 @@ def everything(
     )
 
 # %% ../nbs/18_compiled_runs.ipynb #82e210e7
-def rate_names(
-    name: str,  # of the parameter
-    value: str,  # e.g. "L M S VS"
-) -> tuple[str, ...]:
-    "A rule for parameters: `L VS` stands for η_L and η_VS."
-    return tuple("η_" + word for word in some_of([r.removeprefix("η_") for r in RATES])(name, value))
-
-
-PARAMETERS = dict(
-    scale=one_of(SIZES),
-    seeds=whole(1, 1000),
-    device=pick_device,
-    out=writable,
-    workers=whole(0, 256),
-    rates=rate_names,
-    c_trs=share_list,
-    more_c_trs=share_list,
-    max_c_trs=share_list,
+PARAMETERS = protocols.PARAMETERS | dict(
+    scale=one_of(SIZES), rates=rates_of(RATES), c_trs=share_list, more_c_trs=share_list, max_c_trs=share_list
 )
