@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 from .checks import BadInput, check
 from .model import GPT, Shape
-from .training import Measure, NotFinite, Progress, Recipe, Trainee, seconds_per_step, train_stack
+from .training import Measure, NotFinite, Progress, Recipe, Trainee, ranks, seconds_per_step, train_stack
 
 if TYPE_CHECKING:  # a worker needs no tables, and importing pandas takes half as long as importing torch
     import pandas as pd
@@ -365,8 +366,10 @@ def train_runs(
 ) -> None:
     "Train runs as one program, each as `train_run` would."
     with ExitStack() as locks:
-        for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
-            locks.enter_context(_lock(store, run, report))
+        if ranks()[0] == 0:  # of processes that train a run together the first one keeps it
+            for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
+                locks.enter_context(_lock(store, run, report))
+        _wait_for_all()
         runs = [run for run in runs if not store.finished(run)]
         if not runs:
             return
@@ -382,15 +385,24 @@ def train_runs(
                 store.save_partial(run, progress, used(before))
 
         trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
+        first = ranks()[0] == 0
+        _wait_for_all()  # what they go on from is read before it is replaced
         with _one_thread():
             try:
-                logs = train_stack(trainees, runs[0].recipe, device, save, save_every, report)
+                logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
             except NotFinite as e:
                 run = runs[e.which]
                 raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
-        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found):
-            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs))
+        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found) if first else ():
+            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
             store.put(run, trainee.model, log, facts | dict(versions=versions("torch", "numpy"), finished=now()))
+        _wait_for_all()  # nobody asks for it before it is there
+
+
+def _wait_for_all() -> None:
+    "Until all processes that train together are here."
+    if ranks()[1] > 1:
+        dist.barrier()
 
 
 def program(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FINE_TUNING', 'Recipe', 'Momentum', 'rate', 'parts', 'loss_of', 'Measure', 'accuracy', 'log_spaced', 'pick_device',
-           'NotFinite', 'Progress', 'Trainee', 'Stack', 'Muon', 'optimisers', 'one_step', 'train', 'train_stack',
-           'seconds_per_step']
+           'NotFinite', 'Progress', 'Trainee', 'Stack', 'Muon', 'ranks', 'optimisers', 'one_step', 'train',
+           'train_stack', 'seconds_per_step']
 
 # %% ../nbs/03_training.ipynb #61860017
 import math
@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -298,6 +299,19 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
+# %% ../nbs/03_training.ipynb #3946a653
+def ranks() -> tuple[int, int]:
+    "This process's place among those that train one run together, and how many they are; (0, 1) unless `torch.distributed` was set up."
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def _add_up(tensors: list[Tensor]) -> None:
+    "Replace each tensor by its sum over all processes."
+    if ranks()[1] > 1:
+        for waiting in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            waiting.wait()
+
 # %% ../nbs/03_training.ipynb #b75fd90f
 _MOMENTS = dict(adamw=("step", "exp_avg", "exp_avg_sq"), muon=("momentum_buffer",), sgd=("momentum_buffer",))
 
@@ -327,7 +341,7 @@ def _kind(model: nn.Module, name: str, recipe: Recipe) -> str:
 def one_step(
     stack: Stack,  # what to train
     optimisers: dict[str, torch.optim.Optimizer],  # as from `optimisers`
-    ids: Tensor,  # each model's samples, shape (models, n, row_length)
+    ids: Tensor,  # each model's samples, shape (models, batch, row_length), or this process's share of them
     recipe: Recipe,  # how
     step: int,  # from 0
     losses: Callable[[Tensor, Recipe], Tensor] | None = None,  # `stack.losses`, compiled maybe
@@ -341,9 +355,10 @@ def one_step(
     total = torch.zeros(len(stack.models), device=ids.device)
     for part in parts(ids):
         with _autocast(ids.device):  # left before the weights change: it keeps the copies it has cast until then
-            each = (losses or stack.losses)(part, recipe) * (part.shape[1] / ids.shape[1])
+            each = (losses or stack.losses)(part, recipe) * (part.shape[1] / recipe.batch)
         each.sum().backward()
         total += each.detach()
+    _add_up([total, *(p.grad for p in stack.parameters.values())])
     stack.clip(recipe.clip)
     for optimiser in optimisers.values():
         optimiser.step()
@@ -377,6 +392,7 @@ def train_stack(
     report: Callable[[int], None] | None = None,  # called with the number of steps done
 ) -> list[list[dict]]:
     "Train models side by side as one program and return their logs; raises as `train` does."
+    check(ranks()[1] <= recipe.batch, "processes", ranks()[1], f"up to {recipe.batch}, the samples of a batch")
     device = torch.device(device)
     stack, optimisers_, first, logs = _begin(trainees, recipe, device)
     losses = torch.compile(stack.losses) if device.type == "cuda" else stack.losses
@@ -405,10 +421,12 @@ def train_stack(
 
 
 def _batches(trainees, recipe: Recipe, first: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    "Steps and their batches on the device; on a GPU each is made while the one before it is used."
+    "Steps and their batches on the device, or this process's share of them; on a GPU each is made while the one before it is used."
+    rank, processes = ranks()
 
     def make(step):
         ids = torch.stack([torch.from_numpy(t.stream.batch(recipe.batch, t.seed, step)) for t in trainees])
+        ids = ids[:, rank::processes]
         return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
 
     if device.type == "cpu":
