@@ -1,0 +1,9 @@
+"The page on which results are explored."
+
+
+def embedded(outputs):
+    return ""
+
+
+def script():
+    return ""
