@@ -180,7 +180,7 @@ def api(
     name = re.search(r"#\| default_exp (\w+)", "\n".join(map(source, notebook(path)["cells"])))[1]
     lines = (REPO / "wrapperlib" / f"{name}.py").read_text()
     nodes = [n for n in ast.parse(lines).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
-    return [f"## API of `wrapperlib.{name}`", *(entry(n, lines.splitlines()) for n in nodes)] if nodes else []
+    return [f"## API of wrapperlib.{name}", *(entry(n, lines.splitlines()) for n in nodes)] if nodes else []
 
 
 def entry(
@@ -239,7 +239,8 @@ def with_math(
 
 def mathml(found: re.Match) -> str:
     display = "block" if found[1] == "$$" else "inline"
-    return latex2mathml.converter.convert(found[2], display=display).replace("\n", "")
+    upright = re.sub(r"_\{([A-Za-z]{2,})([0-9]?)\}", r"_{\\mathrm{\1}\2}", found[2])  # C_Tr: a word, not T times r
+    return latex2mathml.converter.convert(upright, display=display).replace("\n", "")
 
 
 def resolved(
@@ -315,48 +316,63 @@ def made_by(path: Path) -> str:
 
 @cache
 def defined() -> dict[str, str]:
-    "Claim → link to the cell of a room that defines it."
+    "Claim → a link to the cell of a room that defines it."
     found = {}
     for path in library():
         for cell in notebook(path)["cells"]:
             if "#| export" in source(cell):
                 for name in re.findall(r'Claim\(\s*"(\w+)"', source(cell)):
-                    found.setdefault(name, f"{where(path)}#cell-id={cell['id']}")
+                    found.setdefault(name, a("defined", path, f"#cell-id={cell['id']}"))
     return found
 
 
+def table(
+    rows: list[dict],  # column → HTML; `_id`, if there, is the row's anchor
+) -> str:
+    "An HTML table whose rows become blocks where the page is narrow."
+    head = "".join(f"<th>{k}</th>" for k in rows[0] if k != "_id")
+    body = ""
+    for row in rows:
+        cells = "".join(f'<td data-label="{k}">{v}</td>' for k, v in row.items() if k != "_id")
+        body += f'<tr id="{row["_id"]}">{cells}</tr>' if "_id" in row else f"<tr>{cells}</tr>"
+    return f'<table class="blocks"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def a(text: str, path: Path, anchor: str = "") -> str:
+    "A link to a page or file of the repository."
+    return f'<a href="{where(path)}{anchor}">{html.escape(text)}</a>'
+
+
 def ledger(path: Path, claims: tuple[dict, ...]) -> str:
-    "One experiment's claims as a table; each row can be linked to."
-    rows = []
-    for c in claims:
-        links = [f'<a href="{where(path)}{made_by(path)}">judged</a>']
-        links += [f'<a href="{defined()[c["id"]]}">defined</a>'] if c["id"] in defined() else []
-        exploratory = " <em>(exploratory)</em>" if c["exploratory"] else ""
-        seeds = ", ".join(number(x) for x in c["per_seed"]) or "–"
-        cells = dict(
-            id=f"<strong>{c['id']}</strong>",
-            claim=f"{with_code(html.escape(c['statement']))}{exploratory}<small>{with_code(html.escape(c['statistic']))}</small>",
-            threshold=html.escape(c["threshold"].replace(">=", "≥").replace("<=", "≤")),
-            value=statistic(c),
-            seeds=f"{c['seeds']}<small>{seeds}</small>",
-            verdict=badge(c["verdict"], c["because"]),
-            paper=html.escape(c["paper"]),
-            cell=" ".join(links),
-        )
-        tds = "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items())
-        rows.append(f'<tr id="{path.stem}-{label(path)}-{c["id"]}">{tds}</tr>')
-    head = "".join(f"<th>{k}</th>" for k in ("id", "claim and statistic", "threshold", "value", "seeds", "verdict", "the paper", "cell"))
-    return f'<table class="ledger"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    "One experiment's claims; each row can be linked to."
+    return table([entry_of(c, path) for c in claims])
+
+
+def entry_of(c: dict, path: Path) -> dict:
+    "One claim's row."
+    links = [a("judged", path, made_by(path))] + ([defined()[c["id"]]] if c["id"] in defined() else [])
+    exploratory = " <em>(exploratory)</em>" if c["exploratory"] else ""
+    each = ", ".join(number(x) for x in c["per_seed"])
+    words = (with_code(html.escape(c[k])) for k in ("statement", "statistic"))
+    return {
+        "_id": f"{path.stem}-{label(path)}-{c['id']}",
+        "id": f"<strong>{c['id']}</strong>",
+        "claim and statistic": "{}{}<small>{}</small>".format(next(words), exploratory, next(words)),
+        "threshold": c["threshold"].replace(">=", "≥").replace("<=", "≤"),
+        "value": statistic(c),
+        "seeds": f"{c['seeds']}<small>{each}</small>",
+        "verdict": badge(c["verdict"], c["because"]),
+        "the paper": html.escape(c["paper"]),
+        "cell": " ".join(links),
+    }
 
 
 def verdicts_in_short() -> str:
-    lines = ["| experiment | what it answers | verdicts |", "|---|---|---|"]
-    lines += [f"| [{named(p)}]({where(p)}) | {question(p)} | {counts(c)} |" for p, c in judged()]
-    return "\n".join(lines)
+    return table([{"experiment": a(named(p), p), "what it answers": question(p), "verdicts": counts(c)} for p, c in judged()])
 
 
 def main_verdicts() -> str:
-    "The ledger of the first figure: that of the revival experiment at desk, or of whatever comes first."
+    "The ledger of the first figure: that of the revival experiment, or of whatever comes first."
     found = [(p, c) for p, c in judged() if p.stem == "exp_revival"] or list(judged())
     return ledger(*found[0])
 
@@ -369,38 +385,44 @@ def all_ledgers() -> str:
 
 
 def rooms() -> str:
-    lines = ["| notebook | module | what it says |", "|---|---|---|"]
-    return "\n".join(lines + [f"| [{title(p)}]({where(p)}) | `{p.stem.split('_', 1)[1]}` | {question(p)} |" for p in library()])
+    return table(
+        [{"notebook": a(title(p), p), "module": f"<code>{p.stem.split('_', 1)[1]}</code>", "what it says": question(p)} for p in library()]
+    )
 
 
 def list_of(kind: str) -> str:
     "Results of experiments (`exp_`) or benchmarks (`bench_`), and what was not run yet."
-    lines = ["| results | what it answers | verdicts |", "|---|---|---|"]
     claims = dict(judged())
-    for p in results():
-        if p.stem.startswith(kind):
-            lines.append(f"| [{named(p)}]({where(p)}) | {question(p)} | {counts(claims[p]) if p in claims else '–'} |")
-    lines += [f"| [{title(p)}]({where(p)}) | {question(p)} | no results yet |" for p in not_run() if p.stem.startswith(kind)]
-    return "\n".join(lines)
+    made = [p for p in results() if p.stem.startswith(kind)]
+    rows = [{"results": a(named(p), p), "what it answers": question(p)} | ({"verdicts": counts(claims.get(p, ()))} if claims.keys() & set(made) else {}) for p in made]
+    rows += [{"results": a(title(p), p) + " <small>no results yet</small>", "what it answers": question(p)} for p in not_run() if p.stem.startswith(kind)]
+    return table(rows)
 
 
 def list_of_howtos() -> str:
-    return "\n".join(["| how to | |", "|---|---|", *(f"| [{title(p)}]({where(p)}) | {question(p)} |" for p in howtos())])
+    return table([{"how to": a(title(p), p), "what it shows": question(p)} for p in howtos()]) if howtos() else ""
 
 
 def the_paper() -> str:
     "Every figure and table of the paper: whether it was made again, by what and at which scale."
-    lines = ["| the paper's | what it shows | status | scale and seeds | where |", "|---|---|---|---|---|"]
-    for row in pd.read_csv(HERE / "paper.csv", keep_default_na=False).itertuples():
-        index = row.task == "index"
-        made = [p for p in results() if p.stem == row.notebook and label(p).endswith("_index") == index]
-        source_ = REPO / "nbs" / f"{row.notebook}.ipynb"
-        status = "made again" if made else "can be run, no results yet" if row.notebook and source_.exists() else "not done"
-        status += f"; {row.note}" if row.note else ""
-        scales = "<br>".join(f"{label(p).removesuffix('_index')}, {seeds_of(p)} seeds" for p in made)
-        links = " ".join(f"[{named(p)}]({where(p)})" for p in made) or (f"[{title(source_)}]({where(source_)})" if source_.exists() else "")
-        lines.append(f"| {row.item} | {row.shows} | {status} | {scales} | {links} |")
-    return "\n".join(lines)
+    return table([row_of(r) for r in pd.read_csv(HERE / "paper.csv", keep_default_na=False).itertuples()])
+
+
+def row_of(r) -> dict:
+    "One figure or table of the paper; `r` is a row of paper.csv."
+    index, plan = r.task == "index", REPO / "nbs" / f"{r.notebook}.ipynb"
+    made = [p for p in results() if p.stem == r.notebook and label(p).endswith("_index") == index]
+    ready = made or (plan.exists() and r.notebook)
+    kind = "holds" if made else "inconclusive"
+    words = "✓ made again" if made else "can be run, no results yet" if ready else "see note" if r.note else "not done"
+    links = [a(named(p), p) for p in made] or ([a(title(plan), plan)] if ready else [])
+    return {
+        "the paper's": f"<strong>{r.item}</strong>",
+        "what it shows": r.shows,
+        "status": f'<span class="verdict {kind}">{words}</span><small>{r.note}</small>',
+        "scale and seeds": "<br>".join(f"{label(p).removesuffix('_index')}, {seeds_of(p)} seeds" for p in made) or "–",
+        "where": "<br>".join(links) or "–",
+    }
 
 
 def seeds_of(path: Path) -> int:
@@ -465,10 +487,10 @@ def on_config(config):
         {"Explorer": "explorer.md"},
         {"Claims": "claims.md"},
         {"Paper and ours": "paper.md"},
-        {"The book": ["book.md", *entries(library(), title)]},
-        {"Experiments": ["experiments.md", *entries([*found["exp_"], *waiting["exp_"]])]},
-        {"Benchmarks": ["benchmarks.md", *entries([*found["bench_"], *waiting["bench_"]])]},
-        {"How to": ["howto.md", *entries(howtos(), title)]},
+        {"The book": ["book/index.md", *entries(library(), title)]},
+        {"Experiments": ["experiments/index.md", *entries([*found["exp_"], *waiting["exp_"]])]},
+        {"Benchmarks": ["benchmarks/index.md", *entries([*found["bench_"], *waiting["bench_"]])]},
+        {"How to": ["howto/index.md", *entries(howtos(), title)]},
     ]
     return config
 
@@ -493,20 +515,32 @@ def on_files(files, config):
 def on_page_markdown(text, page, config, files):
     "Fill in what is derived; links and formulas as on every page."
     text = re.sub(r"\{\{ (\w+) \}\}", lambda m: FILLED[m[1]](), text)
-    text = re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", lambda m: link_in_markdown(m, files), text)
-    text = re.sub(r'href="([^"]+\.ipynb)([^"]*)"', lambda m: f'href="{resolved(m[1], "index.md", files)}{m[2]}"', text)
+    text = re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", lambda m: link_in_markdown(m, page.file.src_uri, files), text)
+    text = re.sub(r'href="((?:nbs|outputs)/[^"#]+)([^"]*)"', lambda m: f'href="{from_page(m[1], page, files)}{m[2]}"', text)
     return with_math(text)
 
 
-def link_in_markdown(found: re.Match, files) -> str:
-    "A link to a file of the repository that the site does not have becomes its text."
+def from_page(address: str, page, files) -> str:
+    found = files.get_file_from_path(executed(address))
+    return posixpath.relpath(found.dest_uri, posixpath.dirname(page.file.dest_uri))
+
+
+def link_in_markdown(found: re.Match, page: str, files) -> str:
+    "A link from the repository's root as one from the page; to a file that the site does not have, its text alone."
     target, _, anchor = found[3].partition("#")
     if re.match(r"[a-z]+:", target) or not target:
         return found[0]
     at = executed(posixpath.normpath(target))
     if files.get_file_from_path(at) is None:
         return found[2]
+    at = posixpath.relpath(at, posixpath.dirname(page))
     return f"{found[1]}[{found[2]}]({at}{'#' + anchor if anchor else ''})"
+
+
+def on_post_page(output, page, config):
+    "The one script that the theme would load from elsewhere is here, too."
+    here = posixpath.relpath("assets/iframe-worker.js", posixpath.dirname(page.file.dest_uri))
+    return output.replace("https://unpkg.com/iframe-worker/shim", here)
 
 
 def on_page_content(text, page, config, files):
@@ -515,6 +549,7 @@ def on_page_content(text, page, config, files):
         return text
     text = text[text.index('<div class="jupyter-wrapper">') :]
     text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
+    text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     text = text.replace("highlight-ipynb", "highlight")
 
     def link(m):
