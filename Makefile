@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -10,6 +10,7 @@ OUT ?= outputs
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+SITE := .venv/.site
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps verdicts test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps verdicts test bench docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -57,6 +58,18 @@ bench: $(BENCHES)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
+
+# Only the site needs what builds it. Its tests also look at it in Chromium, if there is one (Debian: apt-get install chromium).
+$(SITE): $(READY)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(SITE)
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+docs-serve: $(SITE)
+	$(BIN)/mkdocs serve --config-file docs/mkdocs.yml
 
 test: $(READY)
 	$(BIN)/ruff check .

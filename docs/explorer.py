@@ -98,12 +98,13 @@ def panel(
 ) -> alt.LayerChart:
     "Mean and range of the chosen rows; where there are none, it says so."
     rows = alt.Chart(alt.NamedData(name=data)).transform_filter(where)
-    dash = alt.StrokeDash("line:N", title=None, scale=alt.Scale(domain=dashes, range=[[1, 0], [5, 3]]), legend=None)
+    own = colour.shorthand != "line:N"  # colours say something else than dashes; the legend is theirs
+    dash = alt.StrokeDash("line:N", title=None, scale=alt.Scale(domain=dashes, range=[[1, 0], [5, 3]]), legend=None if own else LEGEND)
     band = rows.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour, detail="line:N")
     line = rows.mark_line(point=alt.OverlayMarkDef(size=14)).encode(x=x, y=accuracy(), color=colour, strokeDash=dash, tooltip=["line:N", x.shorthand, "y:Q", "low:Q", "high:Q"])
     any_row = alt.Chart(alt.NamedData(name=data)).transform_calculate(there=f"({where}) ? 1 : 0").transform_aggregate(n="sum(there)")
     empty = any_row.transform_filter("datum.n == 0").mark_text(fontSize=14, align="right", dx=-12).encode(text=alt.value("not measured"), x=alt.value("width"), y=alt.value(100))
-    return alt.layer(band, line, empty).properties(title=alt.TitleParams(title, subtitle=f"─── {dashes[0]}    ┄┄┄ {dashes[1]}"), width=400, height=220)
+    return alt.layer(band, line, empty).properties(title=alt.TitleParams(title, subtitle=f"──── {dashes[0]}, ┄┄┄┄ {dashes[1]}" if own else ""), width=400, height=220)
 
 
 def at_step(data: str, x: alt.X, where: str, colour: alt.Color) -> alt.LayerChart:

@@ -79,8 +79,8 @@ def label(
     path: Path,  # an executed copy, or a file beside it
 ) -> str:
     "The folder under the experiment's name: the scale, and the task if it is not count; empty for benchmarks."
-    parts = path.parent.relative_to(REPO / "outputs").parts
-    return parts[1] if len(parts) > 1 else ""
+    parts = path.relative_to(REPO).parts
+    return parts[2] if parts[0] == "outputs" and len(parts) > 3 else ""
 
 
 def rank(folder: str) -> tuple[int, str]:
@@ -147,28 +147,28 @@ def shown(cell: dict) -> dict | None:
 def describe_figures(cell: dict, heading: str) -> None:
     "Alternative text for a cell's images: what the function that drew them says it draws, else the heading above."
     images = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    drawn = [said for name in re.findall(r"figures?\.(\w+)\(", source(cell)) if (said := figure_says(name))]
+    drawn = [said for name in re.findall(r"(\w+)\(", source(cell)) if (said := figure_says(name))]
     for i, output in enumerate(images):
         text = (drawn[min(i, len(drawn) - 1)] if drawn else f"Figure: {heading}").rstrip(".")
         text += f" ({i + 1} of {len(images)})" if len(images) > 1 else ""
-        output["metadata"] = {"image/png": dict(alt=text.replace("`", ""))}
+        words = html.escape(text.replace("`", ""), quote=True)
+        output["data"] = {"text/html": f'<img alt="{words}" src="data:image/png;base64,{output["data"]["image/png"].strip()}">'}
 
 
 def figure_says(name: str) -> str | None:
     "The docstring of the function of that name in one of the modules that draw."
     for path in sorted((REPO / "wrapperlib").glob("*figures*.py")):
         found = getattr(importlib.import_module(f"wrapperlib.{path.stem}"), name, None)
-        if inspect.isfunction(found):
+        if inspect.isfunction(found) and "Figure" in str(found.__annotations__.get("return")):
             return inspect.getdoc(found)
 
 
 def provenance_line(path: Path) -> str:
     "Scale, seeds and files of an executed copy."
-    about = json.loads((path.parent / "provenance.json").read_text())
-    seeds = about["parameters"].get("seeds")
+    made = about(path)
     files = ", ".join(f"[{p.name}]({p.name})" for p in sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("claims.json")))
-    said = [f"scale {label(path)}" if label(path) else "", f"{seeds} seeds" if seeds else "", f"made {about['made'][:10]}"]
-    return f"*{', '.join(s for s in said if s)}; {about['device']}, {about['cores']} cores.* {files}"
+    scale = f"scale {label(path)}{seeds_of(path)}, " if label(path) else ""
+    return f"*{scale}made {made['made'][:10]}; {made['device']}, {made['cores']} cores.* {files}"
 
 
 # --- the API, from the docments ------------------------------------------------------------------------------------------
@@ -181,19 +181,19 @@ def api(
     name = re.search(r"#\| default_exp (\w+)", "\n".join(map(source, notebook(path)["cells"])))[1]
     lines = (REPO / "wrapperlib" / f"{name}.py").read_text()
     nodes = [n for n in ast.parse(lines).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
-    return [f"## API of wrapperlib.{name}", *(entry(n, lines.splitlines()) for n in nodes)] if nodes else []
+    return [f"## API of wrapperlib.{name}", *(entry(n, f"{name}.", lines.splitlines()) for n in nodes)] if nodes else []
 
 
 def entry(
     node: ast.FunctionDef | ast.ClassDef,  # a public name
+    of: str,  # its module or class, with a dot
     lines: list[str],  # of its module
 ) -> str:
     "Heading, docstring and parameters of a function, a class or its public methods."
-    parts = [f"### {node.name}", ast.get_docstring(node) or "", parameters(node, lines)]
+    parts = [f"{'###' if of.islower() else '####'} {of}{node.name}", ast.get_docstring(node) or "", parameters(node, lines)]
     if isinstance(node, ast.ClassDef):
         methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
-        for m in methods:
-            parts += [f"#### {node.name}.{m.name}", ast.get_docstring(m) or "", parameters(m, lines)]
+        parts += [entry(m, f"{node.name}.", lines) for m in methods]
     return "\n\n".join(p for p in parts if p)
 
 
@@ -421,13 +421,19 @@ def row_of(r) -> dict:
         "the paper's": f"<strong>{r.item}</strong>",
         "what it shows": r.shows,
         "status": f'<span class="verdict {kind}">{words}</span><small>{r.note}</small>',
-        "scale and seeds": "<br>".join(f"{label(p).removesuffix('_index')}, {seeds_of(p)} seeds" for p in made) or "–",
+        "scale and seeds": "<br>".join(f"{label(p).removesuffix('_index')}{seeds_of(p)}" for p in made) or "–",
         "where": "<br>".join(links) or "–",
     }
 
 
-def seeds_of(path: Path) -> int:
-    return json.loads((path.parent / "provenance.json").read_text())["parameters"]["seeds"]
+def seeds_of(path: Path) -> str:
+    seeds = about(path)["parameters"].get("seeds")
+    return f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
+
+
+def about(path: Path) -> dict:
+    "How the results beside an executed copy were made."
+    return json.loads((path.parent / "provenance.json").read_text())
 
 
 def cell_by_cell() -> str:
@@ -552,6 +558,14 @@ def on_page_content(text, page, config, files):
     text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
     text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     text = text.replace("highlight-ipynb", "highlight")
+
+    seen = Counter()
+
+    def heading(m):
+        seen[m[2]] += 1
+        return f"{m[1]}{m[2]}{f'_{seen[m[2]] - 1}' if seen[m[2]] > 1 else ''}\""  # as the table of contents has it
+
+    text = re.sub(r'(<h[1-6][^>]*? id=")([^"]+)"', heading, text)
 
     def link(m):
         to = resolved(html.unescape(m[1]), page.file.src_uri, files)
