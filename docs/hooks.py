@@ -545,13 +545,15 @@ def link_in_markdown(found: re.Match, page: str, files) -> str:
 
 
 def on_post_page(output, page, config):
-    "The one script that the theme would load from elsewhere is here, too."
+    "The one script that the theme would load from elsewhere is here, too; the search box has a name for those who do not see it."
     here = posixpath.relpath("assets/iframe-worker.js", posixpath.dirname(page.file.dest_uri))
+    output = output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
     return output.replace("https://unpkg.com/iframe-worker/shim", here)
 
 
 def on_page_content(text, page, config, files):
     "A notebook's cells without the styles and scripts that nbconvert puts before them; the site has its own."
+    text = re.sub(r'<(pre|table(?! class="blocks"))\b', r'<\1 tabindex="0"', text)  # what scrolls can be reached by keys
     if not page.file.src_uri.endswith(".ipynb"):
         return text
     text = text[text.index('<div class="jupyter-wrapper">') :]
