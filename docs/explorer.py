@@ -45,7 +45,10 @@ def behaviour(outputs: Path) -> list[dict]:
     table = tables(outputs, "exp_behavior")
     table = table[table["metric"].isin(["acc_opt", "acc_oft"])]
     table = table[(table["c_te"] == 0) | (table["metric"] == "acc_oft")]
-    table = table.assign(whose=table["metric"].map(dict(acc_opt=O_PT, acc_oft=O_FT)), line=table["c_te"].map({0: "C_Te = 0", 1: "C_Te = 1"}))
+    table = table.assign(
+        whose=table["metric"].map(dict(acc_opt=O_PT, acc_oft=O_FT)),
+        line=table["c_te"].map({0: "C_Te = 0", 1: "C_Te = 1"}),
+    )
     return over_seeds(table, *LABELS, "whose", "line", "step")
 
 
@@ -65,14 +68,21 @@ def probes(outputs: Path) -> list[dict]:
     lines = dict(fine_tuning="fine-tuned", pretraining="pretrained")
     table = table[(table["metric"] == "accuracy") & table["protocol"].isin(lines)]
     sites = {s: f"B{i}" for i, s in enumerate(table["site"].unique())}
-    table = table.assign(line=table["protocol"].map(lines), whose=table["operand"].map(dict(a=O_PT, b=O_FT)), block=table["site"].map(sites))
+    table = table.assign(
+        line=table["protocol"].map(lines),
+        whose=table["operand"].map(dict(a=O_PT, b=O_FT)),
+        block=table["site"].map(sites),
+    )
     return over_seeds(table, *LABELS, "whose", "line", "block")
 
 
 def pruned(outputs: Path) -> list[dict]:
     table = tables(outputs, "exp_pruning")
     table = table[table["metric"].isin(["acc_opt", "acc_oft"]) & table["way"].isin(["top", "random"])]
-    table = table.assign(whose=table["metric"].map(dict(acc_opt=O_PT, acc_oft=O_FT)), line=table["way"].map(dict(top="highest scores", random="random rows")))
+    table = table.assign(
+        whose=table["metric"].map(dict(acc_opt=O_PT, acc_oft=O_FT)),
+        line=table["way"].map(dict(top="highest scores", random="random rows")),
+    )
     return over_seeds(table, *LABELS, "whose", "line", "k")
 
 
@@ -99,12 +109,30 @@ def panel(
     "Mean and range of the chosen rows; where there are none, it says so."
     rows = alt.Chart(alt.NamedData(name=data)).transform_filter(where)
     own = colour.shorthand != "line:N"  # colours say something else than dashes; the legend is theirs
-    dash = alt.StrokeDash("line:N", title=None, scale=alt.Scale(domain=dashes, range=[[1, 0], [5, 3]]), legend=None if own else LEGEND)
-    band = rows.mark_area(opacity=0.15).encode(x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour, detail="line:N")
-    line = rows.mark_line(point=alt.OverlayMarkDef(size=14)).encode(x=x, y=accuracy(), color=colour, strokeDash=dash, tooltip=["line:N", x.shorthand, "y:Q", "low:Q", "high:Q"])
-    any_row = alt.Chart(alt.NamedData(name=data)).transform_calculate(there=f"({where}) ? 1 : 0").transform_aggregate(n="sum(there)")
-    empty = any_row.transform_filter("datum.n == 0").mark_text(fontSize=14, align="right", dx=-12).encode(text=alt.value("not measured"), x=alt.value("width"), y=alt.value(100))
-    return alt.layer(band, line, empty).properties(title=alt.TitleParams(title, subtitle=f"──── {dashes[0]}, ┄┄┄┄ {dashes[1]}" if own else ""), width=400, height=220)
+    dash = alt.StrokeDash(
+        "line:N", title=None, scale=alt.Scale(domain=dashes, range=[[1, 0], [5, 3]]), legend=None if own else LEGEND
+    )
+    band = rows.mark_area(opacity=0.15).encode(
+        x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour, detail="line:N"
+    )
+    line = rows.mark_line(point=alt.OverlayMarkDef(size=14)).encode(
+        x=x, y=accuracy(), color=colour, strokeDash=dash, tooltip=["line:N", x.shorthand, "y:Q", "low:Q", "high:Q"]
+    )
+    any_row = (
+        alt.Chart(alt.NamedData(name=data))
+        .transform_calculate(there=f"({where}) ? 1 : 0")
+        .transform_aggregate(n="sum(there)")
+    )
+    empty = (
+        any_row.transform_filter("datum.n == 0")
+        .mark_text(fontSize=14, align="right", dx=-12)
+        .encode(text=alt.value("not measured"), x=alt.value("width"), y=alt.value(100))
+    )
+    return alt.layer(band, line, empty).properties(
+        title=alt.TitleParams(title, subtitle=f"──── {dashes[0]}, ┄┄┄┄ {dashes[1]}" if own else ""),
+        width=400,
+        height=220,
+    )
 
 
 def at_step(data: str, x: alt.X, where: str, colour: alt.Color) -> alt.LayerChart:
@@ -112,7 +140,13 @@ def at_step(data: str, x: alt.X, where: str, colour: alt.Color) -> alt.LayerChar
     rows = alt.Chart(alt.NamedData(name=data)).transform_filter(f"({where}) && datum.step == step")
     rule = rows.mark_rule(strokeDash=[2, 2], opacity=0.6).encode(x=x)
     point = rows.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=accuracy(), color=colour)
-    return rule + point + rows.mark_text(dx=9, dy=-9, align="left").encode(x=x, y=accuracy(), text=alt.Text("y:Q", format=".0%"), color=colour)
+    return (
+        rule
+        + point
+        + rows.mark_text(dx=9, dy=-9, align="left").encode(
+            x=x, y=accuracy(), text=alt.Text("y:Q", format=".0%"), color=colour
+        )
+    )
 
 
 def charts(
@@ -123,18 +157,54 @@ def charts(
     pretrained = "(datum.line == 'pretrained' && datum.task == task && datum.prior == prior)"
     back = f"datum.back == back && datum.task == task && ((datum.line == 'reFT' && {model}) || datum.line != 'reFT')"
     last = max(r["step"] for r in data["behaviour"])
-    steps = alt.X("step:Q", title="step of fine-tuning", scale=alt.Scale(type="symlog", constant=1, domain=[0, last]), axis=alt.Axis(values=[0, 1, 3, 10, 30, 100, 400]))
+    steps = alt.X(
+        "step:Q",
+        title="step of fine-tuning",
+        scale=alt.Scale(type="symlog", constant=1, domain=[0, last]),
+        axis=alt.Axis(values=[0, 1, 3, 10, 30, 100, 400]),
+    )
     on = alt.Color("whose:N", title=None, scale=COLOURS, legend=LEGEND)
-    who = alt.Color("line:N", title=None, scale=alt.Scale(domain=["reFT", "control: Scr.+FT"], range=["#2a8fd8", "#029e73"]), legend=LEGEND)
+    who = alt.Color(
+        "line:N",
+        title=None,
+        scale=alt.Scale(domain=["reFT", "control: Scr.+FT"], range=["#2a8fd8", "#029e73"]),
+        legend=LEGEND,
+    )
     way = steps.copy()
     way.title = "step of the way back"
     panels = [
-        panel("behaviour", steps, "Behaviour: what it answers", model, ["C_Te = 0", "C_Te = 1"], on) + at_step("behaviour", steps, model, on),
-        panel("revival", way, "Revival: counting a on the way back", back, ["reFT", "control: Scr.+FT"], who) + at_step("revival", way, back, who),
-        panel("probes", alt.X("block:N", title="after block", axis=alt.Axis(labelAngle=0)), "Probes: what can be read off", f"({model}) || {pretrained}", ["fine-tuned", "pretrained"], on),
-        panel("pruned", alt.X("k:Q", title="pruned rows", scale=alt.Scale(type="symlog", constant=5, domain=[0, 100]), axis=alt.Axis(values=[0, 2, 5, 10, 20, 50, 100])), "Pruning: without the rows that score highest", model, ["highest scores", "random rows"], on),
+        panel("behaviour", steps, "Behaviour: what it answers", model, ["C_Te = 0", "C_Te = 1"], on)
+        + at_step("behaviour", steps, model, on),
+        panel("revival", way, "Revival: counting a on the way back", back, ["reFT", "control: Scr.+FT"], who)
+        + at_step("revival", way, back, who),
+        panel(
+            "probes",
+            alt.X("block:N", title="after block", axis=alt.Axis(labelAngle=0)),
+            "Probes: what can be read off",
+            f"({model}) || {pretrained}",
+            ["fine-tuned", "pretrained"],
+            on,
+        ),
+        panel(
+            "pruned",
+            alt.X(
+                "k:Q",
+                title="pruned rows",
+                scale=alt.Scale(type="symlog", constant=5, domain=[0, 100]),
+                axis=alt.Axis(values=[0, 2, 5, 10, 20, 50, 100]),
+            ),
+            "Pruning: without the rows that score highest",
+            model,
+            ["highest scores", "random rows"],
+            on,
+        ),
     ]
-    values = {k: sorted({r[k] for r in data["behaviour"]}, key=lambda v: (list("HML").index(v) if v in list("HML") else -1, v)) for k in ("task", "prior", "c_tr")}
+    values = {
+        k: sorted(
+            {r[k] for r in data["behaviour"]}, key=lambda v: (list("HML").index(v) if v in list("HML") else -1, v)
+        )
+        for k in ("task", "prior", "c_tr")
+    }
     rates = list(SCALES["desk"].rates)
     controls = [
         control("task", "task", values["task"], "count"),
@@ -144,7 +214,11 @@ def charts(
         control("back", "rate of the way back", sorted({r["back"] for r in data["revival"]}), rates[1]),
         control("step", "step", sorted({r["step"] for r in data["behaviour"]}), 23),
     ]
-    return alt.concat(*panels, columns=2, spacing=30).resolve_scale(color="independent", strokeDash="independent").add_params(*controls)
+    return (
+        alt.concat(*panels, columns=2, spacing=30)
+        .resolve_scale(color="independent", strokeDash="independent")
+        .add_params(*controls)
+    )
 
 
 def embedded(

@@ -8,7 +8,6 @@ import html
 import importlib
 import inspect
 import json
-import os
 import posixpath
 import re
 import sys
@@ -118,8 +117,12 @@ def as_read(
     "The notebook as it is read: without what is for nbdev, papermill or nobody; figures have a text, rooms their API."
     cells = [shown(c) for c in notebook(path)["cells"] if not re.match(r"#\| ?(hide|default_exp)\b", source(c))]
     heading = ""
-    for i, cell in enumerate(c for c in cells if c):
-        heading = (re.findall(r"^#+ (.+)", source(cell), re.M) or [heading])[-1] if cell["cell_type"] == "markdown" else heading
+    for cell in filter(None, cells):
+        heading = (
+            (re.findall(r"^#+ (.+)", source(cell), re.M) or [heading])[-1]
+            if cell["cell_type"] == "markdown"
+            else heading
+        )
         describe_figures(cell, heading)
     cells = [c for c in cells if c]
     if path in results():
@@ -152,7 +155,9 @@ def describe_figures(cell: dict, heading: str) -> None:
         text = (drawn[min(i, len(drawn) - 1)] if drawn else f"Figure: {heading}").rstrip(".")
         text += f" ({i + 1} of {len(images)})" if len(images) > 1 else ""
         words = html.escape(text.replace("`", ""), quote=True)
-        output["data"] = {"text/html": f'<img alt="{words}" src="data:image/png;base64,{output["data"]["image/png"].strip()}">'}
+        output["data"] = {
+            "text/html": f'<img alt="{words}" src="data:image/png;base64,{output["data"]["image/png"].strip()}">'
+        }
 
 
 def figure_says(name: str) -> str | None:
@@ -166,7 +171,9 @@ def figure_says(name: str) -> str | None:
 def provenance_line(path: Path) -> str:
     "Scale, seeds and files of an executed copy."
     made = about(path)
-    files = ", ".join(f"[{p.name}]({p.name})" for p in sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("claims.json")))
+    files = ", ".join(
+        f"[{p.name}]({p.name})" for p in sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("claims.json"))
+    )
     scale = f"scale {label(path)}{seeds_of(path)}, " if label(path) else ""
     return f"*{scale}made {made['made'][:10]}; {made['device']}, {made['cores']} cores.* {files}"
 
@@ -180,7 +187,11 @@ def api(
     "A heading and a table for each public name that the notebook exports, in the order in which they stand."
     name = re.search(r"#\| default_exp (\w+)", "\n".join(map(source, notebook(path)["cells"])))[1]
     lines = (REPO / "wrapperlib" / f"{name}.py").read_text()
-    nodes = [n for n in ast.parse(lines).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    nodes = [
+        n
+        for n in ast.parse(lines).body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    ]
     return [f"## API of wrapperlib.{name}", *(entry(n, f"{name}.", lines.splitlines()) for n in nodes)] if nodes else []
 
 
@@ -190,7 +201,11 @@ def entry(
     lines: list[str],  # of its module
 ) -> str:
     "Heading, docstring and parameters of a function, a class or its public methods."
-    parts = [f"{'###' if of.islower() else '####'} {of}{node.name}", ast.get_docstring(node) or "", parameters(node, lines)]
+    parts = [
+        f"{'###' if of.islower() else '####'} {of}{node.name}",
+        ast.get_docstring(node) or "",
+        parameters(node, lines),
+    ]
     if isinstance(node, ast.ClassDef):
         methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
         parts += [entry(m, f"{node.name}.", lines) for m in methods]
@@ -205,7 +220,9 @@ def parameters(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
         names = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         defaults = [None] * (len(names) - len(node.args.defaults) - len(node.args.kwonlyargs))
         defaults += node.args.defaults + node.args.kw_defaults
-        given = [(a.arg, a.annotation, d, a) for a, d in zip(names, defaults, strict=True) if a.arg not in ("self", "cls")]
+        given = [
+            (a.arg, a.annotation, d, a) for a, d in zip(names, defaults, strict=True) if a.arg not in ("self", "cls")
+        ]
     rows = [
         f"<tr><td><code>{n}</code></td><td><code>{html.escape(ast.unparse(t)) if t else ''}</code></td>"
         f"<td>{f'<code>{html.escape(ast.unparse(d))}</code>' if d else ''}</td><td>{comment(at, lines)}</td></tr>"
@@ -235,7 +252,10 @@ def with_math(
 ) -> str:
     "Formulas between dollars as MathML, which browsers draw by themselves; code is left as it is."
     parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
-    return "".join(p if i % 2 else re.sub(r"(?<![\\$])(\$\$?)(?=\S)([^$]+?)(?<=\S)\1(?![\d$])", mathml, p) for i, p in enumerate(parts))
+    return "".join(
+        p if i % 2 else re.sub(r"(?<![\\$])(\$\$?)(?=\S)([^$]+?)(?<=\S)\1(?![\d$])", mathml, p)
+        for i, p in enumerate(parts)
+    )
 
 
 def mathml(found: re.Match) -> str:
@@ -258,7 +278,12 @@ def resolved(
     if files.get_file_from_path(executed(address)) is None:  # prose of an experiment is written in nbs/
         address = posixpath.normpath(posixpath.join("nbs", target))
     found = files.get_file_from_path(executed(address))
-    return None if found is None else posixpath.relpath(found.dest_uri, posixpath.dirname(files.get_file_from_path(page).dest_uri)) + (f"#{anchor}" if anchor else "")
+    return (
+        None
+        if found is None
+        else posixpath.relpath(found.dest_uri, posixpath.dirname(files.get_file_from_path(page).dest_uri))
+        + (f"#{anchor}" if anchor else "")
+    )
 
 
 # --- the pages that are derived ------------------------------------------------------------------------------------------
@@ -358,7 +383,7 @@ def entry_of(c: dict, path: Path) -> dict:
     return {
         "_id": f"{path.stem}-{label(path)}-{c['id']}",
         "id": f"<strong>{c['id']}</strong>",
-        "claim and statistic": "{}{}<small>{}</small>".format(next(words), exploratory, next(words)),
+        "claim and statistic": f"{next(words)}{exploratory}<small>{next(words)}</small>",
         "threshold": c["threshold"].replace(">=", "≥").replace("<=", "≤"),
         "value": statistic(c),
         "seeds": f"{c['seeds']}<small>{each}</small>",
@@ -369,7 +394,9 @@ def entry_of(c: dict, path: Path) -> dict:
 
 
 def verdicts_in_short() -> str:
-    return table([{"experiment": a(named(p), p), "what it answers": question(p), "verdicts": counts(c)} for p, c in judged()])
+    return table(
+        [{"experiment": a(named(p), p), "what it answers": question(p), "verdicts": counts(c)} for p, c in judged()]
+    )
 
 
 def main_verdicts() -> str:
@@ -387,7 +414,14 @@ def all_ledgers() -> str:
 
 def rooms() -> str:
     return table(
-        [{"notebook": a(title(p), p), "module": f"<code>{p.stem.split('_', 1)[1]}</code>", "what it says": question(p)} for p in library()]
+        [
+            {
+                "notebook": a(title(p), p),
+                "module": f"<code>{p.stem.split('_', 1)[1]}</code>",
+                "what it says": question(p),
+            }
+            for p in library()
+        ]
     )
 
 
@@ -395,8 +429,16 @@ def list_of(kind: str) -> str:
     "Results of experiments (`exp_`) or benchmarks (`bench_`), and what was not run yet."
     claims = dict(judged())
     made = [p for p in results() if p.stem.startswith(kind)]
-    rows = [{"results": a(named(p), p), "what it answers": question(p)} | ({"verdicts": counts(claims.get(p, ()))} if claims.keys() & set(made) else {}) for p in made]
-    rows += [{"results": a(title(p), p) + " <small>no results yet</small>", "what it answers": question(p)} for p in not_run() if p.stem.startswith(kind)]
+    rows = [
+        {"results": a(named(p), p), "what it answers": question(p)}
+        | ({"verdicts": counts(claims.get(p, ()))} if claims.keys() & set(made) else {})
+        for p in made
+    ]
+    rows += [
+        {"results": a(title(p), p) + " <small>no results yet</small>", "what it answers": question(p)}
+        for p in not_run()
+        if p.stem.startswith(kind)
+    ]
     return table(rows)
 
 
@@ -441,22 +483,44 @@ def cell_by_cell() -> str:
     parts = []
     for path in results():
         file = path.parent / "tables.csv"
-        if file.exists() and path.stem.startswith("exp_") and {"ours", "paper", "metric"} <= set(pd.read_csv(file, nrows=0)):
+        if (
+            file.exists()
+            and path.stem.startswith("exp_")
+            and {"ours", "paper", "metric"} <= set(pd.read_csv(file, nrows=0))
+        ):
             cells = pd.read_csv(file).dropna(subset=["paper"])
-            parts += [f"### {named(path)}", f"{len(cells)} cells; ours are {100 * cells['difference'].abs().mean():.0f} points from the paper's on average. Accuracies in %, ours as mean [lowest, highest seed]."]
-            parts += [f"<details markdown><summary>{asked}</summary>\n\n{side_by_side(cells[cells['metric'] == m])}\n\n</details>" for m, asked in dict(acc_opt="asked for O_PT", acc_oft="asked for O_FT").items()]
+            parts += [
+                f"### {named(path)}",
+                f"{len(cells)} cells; ours are {100 * cells['difference'].abs().mean():.0f} points from the paper's on average. Accuracies in %, ours as mean [lowest, highest seed].",
+            ]
+            parts += [
+                f"<details markdown><summary>{asked}</summary>\n\n{side_by_side(cells[cells['metric'] == m])}\n\n</details>"
+                for m, asked in dict(acc_opt="asked for O_PT", acc_oft="asked for O_FT").items()
+            ]
     return "\n\n".join(parts)
 
 
 def side_by_side(cells: pd.DataFrame) -> str:
     "A row for each rate, prior and C_Tr, a column for each C_Te and share of the fine-tuning's steps."
     cells = cells.assign(
-        cell=[f"{100 * o:.0f} [{100 * lo:.0f}, {100 * hi:.0f}] / **{100 * p:.0f}**" for o, lo, hi, p in zip(cells["ours"], cells["low"], cells["high"], cells["paper"], strict=True)],
-        at=[f"C_Te = {c:g}, {'before' if not a else f'{100 * a:.0f} % of the steps'}" for c, a in zip(cells["c_te"], cells["at"], strict=True)],
+        cell=[
+            f"{100 * o:.0f} [{100 * lo:.0f}, {100 * hi:.0f}] / **{100 * p:.0f}**"
+            for o, lo, hi, p in zip(cells["ours"], cells["low"], cells["high"], cells["paper"], strict=True)
+        ],
+        at=[
+            f"C_Te = {c:g}, {'before' if not a else f'{100 * a:.0f} % of the steps'}"
+            for c, a in zip(cells["c_te"], cells["at"], strict=True)
+        ],
     )
     wide = cells.pivot(index=["rate", "prior", "c_tr"], columns="at", values="cell").reset_index()
     rows = ["| " + " | ".join(map(str, r)) + " |" for r in wide.fillna("").itertuples(index=False)]
-    return "\n".join(["| rate | prior | C_Tr | " + " | ".join(f"{c}: ours / paper" for c in wide.columns[3:]) + " |", "|---" * len(wide.columns) + "|", *rows])
+    return "\n".join(
+        [
+            "| rate | prior | C_Tr | " + " | ".join(f"{c}: ours / paper" for c in wide.columns[3:]) + " |",
+            "|---" * len(wide.columns) + "|",
+            *rows,
+        ]
+    )
 
 
 FILLED = dict(
@@ -523,7 +587,9 @@ def on_page_markdown(text, page, config, files):
     "Fill in what is derived; links and formulas as on every page."
     text = re.sub(r"\{\{ (\w+) \}\}", lambda m: FILLED[m[1]](), text)
     text = re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", lambda m: link_in_markdown(m, page.file.src_uri, files), text)
-    text = re.sub(r'href="((?:nbs|outputs)/[^"#]+)([^"]*)"', lambda m: f'href="{from_page(m[1], page, files)}{m[2]}"', text)
+    text = re.sub(
+        r'href="((?:nbs|outputs)/[^"#]+)([^"]*)"', lambda m: f'href="{from_page(m[1], page, files)}{m[2]}"', text
+    )
     return with_math(text)
 
 
@@ -547,13 +613,17 @@ def link_in_markdown(found: re.Match, page: str, files) -> str:
 def on_post_page(output, page, config):
     "The one script that the theme would load from elsewhere is here, too; the search box has a name for those who do not see it."
     here = posixpath.relpath("assets/iframe-worker.js", posixpath.dirname(page.file.dest_uri))
-    output = output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
+    output = output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
     return output.replace("https://unpkg.com/iframe-worker/shim", here)
 
 
 def on_page_content(text, page, config, files):
     "A notebook's cells without the styles and scripts that nbconvert puts before them; the site has its own."
-    text = re.sub(r'<(pre|table(?! class="blocks"))\b', r'<\1 tabindex="0"', text)  # what scrolls can be reached by keys
+    text = re.sub(
+        r'<(pre|table(?! class="blocks"))\b', r'<\1 tabindex="0"', text
+    )  # what scrolls can be reached by keys
     if not page.file.src_uri.endswith(".ipynb"):
         return text
     text = text[text.index('<div class="jupyter-wrapper">') :]
@@ -565,7 +635,7 @@ def on_page_content(text, page, config, files):
 
     def heading(m):
         seen[m[2]] += 1
-        return f"{m[1]}{m[2]}{f'_{seen[m[2]] - 1}' if seen[m[2]] > 1 else ''}\""  # as the table of contents has it
+        return f'{m[1]}{m[2]}{f"_{seen[m[2]] - 1}" if seen[m[2]] > 1 else ""}"'  # as the table of contents has it
 
     text = re.sub(r'(<h[1-6][^>]*? id=")([^"]+)"', heading, text)
 

@@ -10,13 +10,14 @@ import sys
 import time
 import urllib.parse
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPO
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="the site's tools are not installed: make docs")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("mkdocs"), reason="the site's tools are not installed: make docs"
+)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (Debian: apt-get install chromium)")
 WIDTHS = {"phone": 390, "desk": 1440}
@@ -86,7 +87,11 @@ def test_it_is_built_within_a_minute(built):
 
 
 def test_there_is_a_page_for_every_notebook_and_every_result(site):
-    for path in [*REPO.glob("nbs/[0-9h]*.ipynb"), *REPO.glob("outputs/*/desk*/*.ipynb"), *REPO.glob("outputs/bench_*/*.ipynb")]:
+    for path in [
+        *REPO.glob("nbs/[0-9h]*.ipynb"),
+        *REPO.glob("outputs/*/desk*/*.ipynb"),
+        *REPO.glob("outputs/bench_*/*.ipynb"),
+    ]:
         assert (site / path.relative_to(REPO).with_suffix(".html")).is_file(), path
 
 
@@ -246,7 +251,9 @@ def test_the_explorer_shows_what_was_measured(visit):
     page, _ = visit(390)("explorer")
     page.select_option("[name=prior]", "H")
     table = pd.read_csv(REPO / "outputs/exp_behavior/desk/results.csv")
-    there = table.query("prior == 'H' and c_tr == 1 and c_te == 0 and ft_lr == 3e-4 and step == 23 and metric == 'acc_opt'")
+    there = table.query(
+        "prior == 'H' and c_tr == 1 and c_te == 0 and ft_lr == 3e-4 and step == 23 and metric == 'acc_opt'"
+    )
     assert f"O_PT (a), C_Te = 0: {100 * there['value'].mean().round(3):.0f} %" in page.inner_text("#explorer-says")
 
 
