@@ -512,7 +512,8 @@ def side_by_side(cells: pd.DataFrame) -> str:
             for c, a in zip(cells["c_te"], cells["at"], strict=True)
         ],
     )
-    wide = cells.pivot(index=["rate", "prior", "c_tr"], columns="at", values="cell").reset_index()
+    order = list(dict.fromkeys(cells.sort_values(["c_te", "step"])["at"]))
+    wide = cells.pivot(index=["rate", "prior", "c_tr"], columns="at", values="cell")[order].reset_index()
     rows = ["| " + " | ".join(map(str, r)) + " |" for r in wide.fillna("").itertuples(index=False)]
     return "\n".join(
         [
