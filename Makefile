@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make docs | make docs-serve | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -10,6 +10,7 @@ OUT ?= outputs
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+COMPILER := .venv/.compiler
 SITE := .venv/.site
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps verdicts test bench docs docs-serve export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps verdicts test bench docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -45,6 +46,10 @@ revival mixing jailbreak randft: $(READY)
 behavior pruning probing sweeps: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
 
+# Compiled programs: scale smoke, desk or paper.
+tracr tracr_readings: $(READY)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
+
 # One page of all results in $(OUT).
 verdicts: $(READY)
 	$(BIN)/python -c 'import sys; from wrapperlib.claims import write_page; write_page(sys.argv[1])' '$(OUT)'
@@ -54,7 +59,14 @@ $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
+# JAX and tracr are there for what compiles programs anew: the tests, and the benchmark beside JAX.
+$(COMPILER): $(READY)
+	$(BIN)/pip install --quiet --editable '.[tracr]'
+	@touch $@
+
 bench: $(BENCHES)
+
+bench_tracr: $(COMPILER)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
@@ -71,7 +83,7 @@ docs: $(SITE)
 docs-serve: $(SITE)
 	$(BIN)/mkdocs serve --config-file docs/mkdocs.yml
 
-test: $(READY)
+test: $(COMPILER) $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/pytest
 

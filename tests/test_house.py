@@ -105,11 +105,12 @@ def test_library_notebooks_run():
 
 def test_environments_agree():
     ours, project = settings(), tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    library, tools, peers, site = (ours[f"{part}requirements"].split() for part in ("", "dev_", "bench_", "docs_"))
+    library = ours["requirements"].split()
+    extras = {name: ours[f"{name}_requirements"].split() for name in ("dev", "tracr", "bench", "docs")}
     assert project["dependencies"] == library
-    assert project["optional-dependencies"] == dict(dev=tools, bench=peers, docs=site)
+    assert project["optional-dependencies"] == extras
     environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + tools + peers + site
+    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + sum(extras.values(), [])
     pinned = re.search(r"TORCH := (\S+)", (REPO / "Makefile").read_text())[1]
     assert pinned == "torch==2.13.0"
 
@@ -120,7 +121,7 @@ def test_the_library_needs_no_notebook_tool():
 import importlib, sys
 for name in {modules}:
     importlib.import_module("wrapperlib." + name)
-print([m for m in ("nbdev", "fastcore", "execnb", "jupyter", "papermill", "IPython", "ipykernel", "nbformat", "jupytext") if m in sys.modules])
+print([m for m in ("nbdev", "fastcore", "execnb", "jupyter", "papermill", "IPython", "ipykernel", "nbformat", "jupytext", "jax", "tracr") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -136,6 +137,9 @@ def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_
     subprocess.run(pip, check=True, capture_output=True)
     assert {p.name for p in (site / "wrapperlib").glob("*.py")} == {p.name for p in (REPO / "wrapperlib").glob("*.py")}
     assert (site / "wrapperlib" / "paper_tables.csv").is_file()
+    assert {p.name for p in (REPO / "wrapperlib").glob("*.safetensors")} == {
+        p.name for p in (site / "wrapperlib").glob("*.safetensors")
+    }
     metadata = next(site.glob("wrapperlib-*.dist-info/METADATA")).read_text()
     needed = [r for r in re.findall(r"Requires-Dist: (.*)", metadata) if "extra ==" not in r]
     assert len(needed) == len(settings()["requirements"].split())

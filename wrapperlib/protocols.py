@@ -337,7 +337,7 @@ def estimate(
     missing = {r for _, run in plan for r in run.lineage if not store.finished(r)}
 
     def kind(run):
-        return run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
+        return run.shape, run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
 
     examples, how_many = {kind(run): run for run in missing}, Counter(map(kind, missing))
     total = sum(_seconds_of(run, device) * how_many[k] for k, run in examples.items())

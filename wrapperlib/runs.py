@@ -56,7 +56,7 @@ class Run:
 
     stream: object  # what it is trained on
     recipe: Recipe  # how
-    shape: Shape  # of the model
+    shape: Shape  # of the model; or anything with a method `model(seed)` that makes one, as a compiled program has
     seed: int = 0  # of the initial weights and, with `data`, of the batches
     data: int = 0  # runs with the same stream, seed and data are trained on the same batches
     measures: tuple[Measure, ...] = ()  # what is measured on the way
@@ -70,6 +70,8 @@ class Run:
 
     def fresh_model(self) -> GPT:
         "The model before any training."
+        if not isinstance(self.shape, Shape):
+            return self.shape.model(self.seed)
         domain = self.stream.domain
         return GPT(len(domain.vocabulary), domain.row_length, self.shape, self.seed)
 
