@@ -175,7 +175,7 @@ def provenance_line(path: Path) -> str:
         f"[{p.name}]({p.name})" for p in sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("claims.json"))
     )
     scale = f"scale {label(path)}{seeds_of(path)}, " if label(path) else ""
-    return f"*{scale}made {made['made'][:10]}; {made['device']}, {made['cores']} cores.* {files}"
+    return f"*{scale}made {made['made'][:10]}, {made.get('device') or 'cpu'}.* {files}"
 
 
 # --- the API, from the docments ------------------------------------------------------------------------------------------
