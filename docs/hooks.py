@@ -175,7 +175,8 @@ def provenance_line(path: Path) -> str:
         f"[{p.name}]({p.name})" for p in sorted(path.parent.glob("*.csv")) + sorted(path.parent.glob("claims.json"))
     )
     scale = f"scale {label(path)}{seeds_of(path)}, " if label(path) else ""
-    return f"*{scale}made {made['made'][:10]}, {made.get('device') or 'cpu'}.* {files}"
+    on = f", {made['device']}" if made.get("device") else ""
+    return f"*{scale}made {made['made'][:10]}{on}.* {files}"
 
 
 # --- the API, from the docments ------------------------------------------------------------------------------------------
