@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -11,6 +11,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 COMPILER := .venv/.compiler
+SITE := .venv/.site
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps verdicts test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps verdicts test bench docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -70,7 +71,19 @@ bench_tracr: $(COMPILER)
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
 
-test: $(COMPILER)
+# Only the site needs what builds it. Its tests also look at it in Chromium, if there is one (Debian: apt-get install chromium).
+$(SITE): $(READY)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(SITE)
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+docs-serve: $(SITE)
+	$(BIN)/mkdocs serve --config-file docs/mkdocs.yml
+
+test: $(COMPILER) $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/pytest
 

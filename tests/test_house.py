@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO, cells
-from wrapperlib.claims import as_markdown, page
+from wrapperlib.claims import as_markdown, in_short, page
 
 NOTEBOOKS = sorted(REPO.glob("nbs/*.ipynb"))
 LIBRARY = [p for p in NOTEBOOKS if p.name[0].isdigit()]
@@ -49,7 +49,12 @@ def test_the_verdicts_that_are_shown_are_those_of_the_committed_results():
     for path in REPO.glob("outputs/exp_*/desk*/claims.json"):
         assert not any(0 < c["seeds"] < 3 for c in json.loads(path.read_text())), path
     judged = json.loads((REPO / "outputs/exp_revival/desk/claims.json").read_text())
-    assert as_markdown(judged) in (REPO / "README.md").read_text()
+    readme = (REPO / "README.md").read_text()
+    assert as_markdown(judged) in readme
+    for name, path in re.findall(r"^\| \[(exp_\w+)\]\((outputs/.+?)\) ", readme, re.M):
+        claims = REPO / path.replace(f"{name}.ipynb", "claims.json")
+        row = next(line for line in readme.splitlines() if line.startswith(f"| [{name}]"))
+        assert row.endswith(f"| {in_short(json.loads(claims.read_text())) if claims.exists() else ''} |"), name
 
 
 def test_the_committed_results_are_whole():
@@ -105,11 +110,15 @@ def test_library_notebooks_run():
 
 def test_environments_agree():
     ours, project = settings(), tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    library, tools, compiler, peers = (ours[f"{part}requirements"].split() for part in ("", "dev_", "tracr_", "bench_"))
+    library = ours["requirements"].split()
+    extras = {name: ours[f"{name}_requirements"].split() for name in ("dev", "tracr", "bench", "docs")}
     assert project["dependencies"] == library
-    assert project["optional-dependencies"] == dict(dev=tools, tracr=compiler, bench=peers)
+    assert project["optional-dependencies"] == extras
     environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + tools + compiler + peers
+    assert next(d["pip"] for d in environment if isinstance(d, dict)) == [
+        *library,
+        *(r for required in extras.values() for r in required),
+    ]
     pinned = re.search(r"TORCH := (\S+)", (REPO / "Makefile").read_text())[1]
     assert pinned == "torch==2.13.0"
 

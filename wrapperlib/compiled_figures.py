@@ -7,11 +7,14 @@ __all__ = ['MOST', 'attention', 'activations', 'single_weights', 'many_weights',
            'readings']
 
 # %% ../nbs/19_compiled_figures.ipynb #e1ed9f90
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .figures import _WHOSE, _headline, _legend, _seeds, _share_colours
 
@@ -34,6 +37,18 @@ def _panels(n: int, columns: int, width: float, height: float):
     for ax in axes[n:]:
         ax.set_visible(False)
     return fig, axes
+
+
+def _of_seeds(table: pd.DataFrame) -> str:
+    "How many seeds a figure shows; its curves may differ in that."
+    by = [c for c in ("protocol", "c_tr", "ft_lr", "re_lr") if c in table]
+    found = table.groupby(by, dropna=False)["seed"].nunique()
+    return _few_or_many(found)
+
+
+def _few_or_many(seeds: pd.Series) -> str:
+    low, high = int(seeds.min()), int(seeds.max())
+    return _seeds(high) if low == high else f"{low} to {_seeds(high)}"
 
 
 def attention(
@@ -75,7 +90,7 @@ def activations(
 
 # %% ../nbs/19_compiled_figures.ipynb #8705a428
 _BARS = {
-    "base": ("alone", 0),
+    "–": ("alone", 0),
     **{f"W{i}": ("alone", i) for i in range(1, 5)},
     **{f"R{i}": ("random alone", i) for i in range(1, 5)},
     "best": ("best alone", 1),
@@ -105,13 +120,14 @@ def single_weights(
                         place = x + 0.22 * (list(rates).index(rate) - (len(rates) - 1) / 2)
                         ax.bar(place, chosen.mean(), 0.2, color=colour)
                         ax.vlines(place, chosen.min(), chosen.max(), color="0.2", lw=0.8)
-            ax.set(ylim=(0, 1.03), xticks=range(len(_BARS)), xticklabels=list(_BARS))
+            ax.set(ylim=(0, 1.03), xticks=range(len(_BARS)))
+            ax.set_xticklabels(list(_BARS), fontsize=8)
             ax.set_title(f"C_Tr = {share:g}" if metric == "acc_opt" else "")
     for row, metric in zip(axes, _WHOSE):
         row[0].set_ylabel(f"accuracy, {_WHOSE[metric]}")
     _legend(axes[0][-1], colours, {}, **_BESIDE)
     fig.supxlabel("weight zeroed: none, each of the top 4, each of 4 random ones, the best of those tried", fontsize=9)
-    _headline(fig, f"Zeroing a single weight (scale {scale}, {_seeds(table['seed'].nunique())})")
+    _headline(fig, f"Zeroing a single weight (scale {scale}, {_of_seeds(table)})")
     return fig
 
 
@@ -139,7 +155,7 @@ def many_weights(
     kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", ":"))}
     _legend(axes[0][-1], {name: colours[lr] for name, lr in rates.items()}, kinds, **_BESIDE)
     fig.supxlabel(f"{unit}s zeroed", fontsize=9)
-    _headline(fig, f"Zeroing {unit}s (scale {scale}, {_seeds(table['seed'].nunique())})")
+    _headline(fig, f"Zeroing {unit}s (scale {scale}, {_of_seeds(table)})")
     return fig
 
 
@@ -161,8 +177,10 @@ def histograms(
         ):
             ax.bar(rows["answer"] + shift, rows["value"], 0.4, label=label)
         which = pruned["weight"].dropna().unique()
-        ax.set_title(f"{name}\n{which[0] if len(which) else ''}", fontsize=8)
+        weight = textwrap.fill(which[0] if len(which) else "", 30)
+        ax.set_title(f"{name}\n{weight}", fontsize=8)
         ax.set(xlabel="answer")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("share of strings")
     axes[0][-1].legend(**_BESIDE, frameon=False)
     _headline(fig, f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})")
@@ -192,7 +210,7 @@ def revival(
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
     axes[0][0].set_ylabel("accuracy, O_PT (C_Te = 0)")
     axes[0][-1].legend(**_BESIDE, frameon=False)
-    _headline(fig, f"Reverse fine-tuning of compiled Counters (scale {scale}, {_seeds(back['seed'].nunique())})")
+    _headline(fig, f"Reverse fine-tuning of compiled Counters (scale {scale}, {_of_seeds(back)})")
     return fig
 
 
@@ -210,7 +228,7 @@ def beside_paper(
         )
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
     sns.move_legend(axes[0][-1], **_BESIDE, frameon=False)
-    _headline(fig, f"Ours against the paper (scale {scale}, {_seeds(int(cells['seeds'].max()))})")
+    _headline(fig, f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})")
     return fig
 
 

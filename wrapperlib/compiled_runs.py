@@ -21,7 +21,7 @@ import torch
 
 from . import protocols, pruning
 from .analysis import look_at_all
-from .checks import one_of
+from .checks import one_of, whole
 from .claims import Claim, OneSeed, Value, _most
 from .compiled import ANSWER, Compiled, Program, load_weights, weight_label
 from .letters import TASKS, Letters
@@ -129,12 +129,13 @@ Plan = list[tuple[dict, Run]]
 def counter_plan(
     size: Size,  # which numbers
     seeds: int = 1,  # how many, from 0
+    more_seeds: int = 0,  # how many after those, of the runs alone that claims rest on
     c_trs: tuple[float, ...] = (0.0, 1.0),  # shares for every rate
     more: tuple[float, ...] = (0.5, 0.8),  # further shares, for η_M alone
     rates: tuple[str, ...] = tuple(RATES),  # of fine-tuning
 ) -> Plan:
     "Fine-tunings of Table 3's Counter, the ways back from η_M and from η_L, and the control."
-    plan = []
+    plan = [run for seed in range(seeds, seeds + more_seeds) for run in _judged(size, seed)]
     for seed in range(seeds):
         cells = [(rate, c) for rate in rates for c in c_trs] + [("η_M", c) for c in more if "η_M" in rates]
         for rate, c_tr in dict.fromkeys(cells):
@@ -145,6 +146,18 @@ def counter_plan(
             plan += [(labels | dict(protocol="reft", re_lr=size.rates[r]), reverse(size, tuned, r)) for r in back]
         labels = dict(task="counter", seed=seed, protocol="scr_ft")
         plan += [(labels | dict(re_lr=size.rates[r]), scratch_tuned(size, r, seed)) for r in WAY_BACK]
+    return plan
+
+
+def _judged(size: Size, seed: int) -> Plan:
+    "The runs on which C7 rests."
+    tuned = {(r, c): fine_tuning(size, "counter", c, r, seed) for r in ("η_M", "η_S") for c in (1.0, 0.0)}
+    tuned["η_L", 1.0] = fine_tuning(size, "counter", 1.0, "η_L", seed)
+    labels = dict(task="counter", seed=seed)
+    plan = [(labels | dict(protocol="fine_tuning", ft_lr=size.rates[r], c_tr=c), run) for (r, c), run in tuned.items()]
+    for of, back in (("η_M", "η_VS"), ("η_L", AFTER_LARGE)):
+        of_back = dict(protocol="reft", ft_lr=size.rates[of], c_tr=1.0, re_lr=size.rates[back])
+        plan.append((labels | of_back, reverse(size, tuned[of, 1.0], back)))
     return plan
 
 
@@ -582,5 +595,5 @@ def everything(
 
 # %% ../nbs/18_compiled_runs.ipynb #82e210e7
 PARAMETERS = protocols.PARAMETERS | dict(
-    scale=one_of(SIZES), rates=rates_of(RATES), c_trs=share_list, more_c_trs=share_list, max_c_trs=share_list
+    scale=one_of(SIZES), more_seeds=whole(0, 1000), rates=rates_of(RATES), c_trs=share_list, more_c_trs=share_list, max_c_trs=share_list
 )
