@@ -92,7 +92,8 @@ def describe(
 ) -> object:
     "A configuration as plain JSON: dataclasses become dictionaries with the class's name, a run's name is left out."
     if is_dataclass(value):
-        return _fields_of(_Itself(value)) if value.__dataclass_params__.frozen else _fields_of.__wrapped__(_Itself(value))
+        look = _fields_of if value.__dataclass_params__.frozen else _fields_of.__wrapped__
+        return look(_Itself(value))
     if isinstance(value, (tuple, list)):
         return [describe(v) for v in value]
     return value
@@ -282,10 +283,18 @@ class Store:
         try:
             temporary.rename(self.path(run))
         except OSError:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             if not self.finished(run):
                 raise
         self.partial(run).unlink(missing_ok=True)
+        self._clear(run)
+
+    def _clear(self, run: Run) -> None:
+        "Remove what processes that were killed had half written of a finished run."
+        for path in self.partial(run).parent.glob(f".{self.partial(run).name}.*"):
+            path.unlink(missing_ok=True)
+        for folder in self.root.glob(f".{address(run)}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_partial(
         self,
@@ -570,6 +579,7 @@ def train_all(
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # runs side by side; 0: as many as together train the most, on a GPU 8
     quiet: bool = False,  # show nothing
+    engine: Callable | None = None,  # what trains instead of this machine's processes, such as `sweep.Ray`
 ) -> dict:
     """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
     runs whenever they were trained, the seconds they took and the devices they were trained on.
@@ -586,16 +596,18 @@ def train_all(
         for reason, group in _grouped((store.why(r), r.name) for r in missing).items():
             print(f"  {len(group)} × {reason}")
     if missing:
-        summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet)
+        summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet, engine)
     records = [found[run] or store.meta(run) for run in wanted]
     summary["seconds_in_runs"] = round(sum(record["seconds"] for record in records), 1)
     summary["devices"] = sorted({device for record in records for device in record["devices"]})
     return summary
 
 
-def _train_missing(store, missing, device, workers, quiet) -> int:
+def _train_missing(store, missing, device, workers, quiet, engine) -> int:
     "Returns the workers' peak memory."
     line = None if quiet else Line(sum(map(_cost, missing)), len(missing))
+    if engine:
+        return engine(store, missing, device, workers, line)
     if device != "cpu":
         return _train_here(store, missing, device, workers or 8, line)
     if min(workers or cores(), len(missing)) == 1:
