@@ -105,11 +105,13 @@ def test_library_notebooks_run():
 
 def test_environments_agree():
     ours, project = settings(), tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    library, tools, peers = (ours[f"{part}requirements"].split() for part in ("", "dev_", "bench_"))
+    library, tools, peers, cluster = (
+        ours[f"{part}requirements"].split() for part in ("", "dev_", "bench_", "cluster_")
+    )
     assert project["dependencies"] == library
-    assert project["optional-dependencies"] == dict(dev=tools, bench=peers)
+    assert project["optional-dependencies"] == dict(dev=tools, bench=peers, cluster=cluster)
     environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + tools + peers
+    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + tools + peers + cluster
     pinned = re.search(r"TORCH := (\S+)", (REPO / "Makefile").read_text())[1]
     assert pinned == "torch==2.13.0"
 
