@@ -389,7 +389,7 @@ def test_ray_on_this_machine_trains_chains_and_says_what_failed(tmp_path, monkey
     wild = {"scale": "smoke", "recipe.lr": 1e30, "recipe.clip": 1e30, "recipe.muon": 0.0}
     with pytest.raises(ArithmeticError, match="pretraining, prior L, seed 0"):
         sweep.sweep(Store(tmp_path / "wild"), "pretraining", wild, workers=1, engine=sweep.Ray())
-    with pytest.raises(BadInput, match="gpus is 0.0; allowed: above 0"):
+    with pytest.raises(BadInput, match=r"gpus is 0\.0; allowed: above 0"):
         sweep.Ray()(Store(tmp_path / "gpu"), [], "cuda", 1, None)
     with pytest.raises(BadInput, match="address is"):
         sweep.Ray("127.0.0.1:1")(Store(tmp_path / "none"), [], "cpu", 1, None)

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -424,10 +425,11 @@ class Ray:
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
         try:
             if self.address:
+                _knock(self.address)
                 ray.init(self.address, **quiet)
             else:
                 ray.init(num_cpus=workers or cores(), include_dashboard=False, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError) as e:
             raise BadInput(
                 f"address is {self.address!r}; allowed: a Ray cluster that answers ({_first_line(e)})"
             ) from None
@@ -455,6 +457,13 @@ class Ray:
             for job in jobs:
                 ray.cancel(job, force=True)
         return sum(peaks.values())
+
+
+def _knock(address: str) -> None:
+    "Raise `OSError` if nobody answers at host:port; Ray would try for minutes."
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _outcome(ray, job, run: Run) -> dict[str, int]:
