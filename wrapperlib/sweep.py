@@ -139,11 +139,12 @@ def status(
     experiments: Iterable = EXPERIMENTS,  # names of notebooks and what they are given
 ) -> pd.DataFrame:
     "What `paper` would do. Columns reused, to train, minutes, why, results; a row for each experiment, and one for all. Raises `BadInput`."
-    rows, counted = [], set()
+    rows, counted, there = [], set(), set()
     for experiment in _read_all(experiments, scale, seeds, device, out, workers):
         p, store = experiment.checked, Store(Path(out) / "runs")
         missing = [r for r in experiment.runs if r not in counted and not store.finished(r)]
         counted |= set(missing)
+        there |= {r for r in experiment.runs if store.finished(r)}
         seconds = sum(seconds_of(r, pace(r, p.device)) for r in missing)
         why = Counter(store.why(r) for r in missing)
         row = {"experiment": str(experiment.folder), "reused": len(experiment.runs) - len(missing)}
@@ -151,7 +152,7 @@ def status(
         row |= {"why": "; ".join(f"{n} × {reason}" for reason, n in why.items())}
         rows.append(row | dict(results=_made_with(Path(out) / experiment.folder, experiment)))
     table = pd.DataFrame(rows).set_index("experiment")
-    table.loc["all"] = dict(table[["reused", "to train", "minutes"]].sum()) | dict(why="", results="")
+    table.loc["all"] = dict(table[["to train", "minutes"]].sum()) | dict(reused=len(there), why="", results="")
     return table.astype({"reused": int, "to train": int}).round({"minutes": 1})
 
 
