@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make verdicts | make test | make bench | make docs | make docs-serve | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make paper | make status | make plan | make verdicts | make test | make bench | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -6,12 +6,19 @@ SEEDS ?= 1
 TASK ?= count
 DEVICE ?= auto
 OUT ?= outputs
+WORKERS ?= 0
+# of paper: ENGINE=ray [ADDRESS=head:6379] [GPUS=0.25], FAIL_FAST=1
+ENGINE ?= local
+ADDRESS ?=
+GPUS ?= 0
+FAIL_FAST ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 COMPILER := .venv/.compiler
 SITE := .venv/.site
+CLUSTER := .venv/.cluster
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -19,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps verdicts test bench docs docs-serve export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps paper status plan verdicts test bench docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -50,6 +57,14 @@ behavior pruning probing sweeps: $(READY)
 tracr tracr_readings: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
 
+# Every experiment; what would be done; what it would cost.
+paper status: $(READY) $(if $(filter ray,$(ENGINE)),$(CLUSTER))
+	@$(BIN)/python -m wrapperlib.sweep $@ --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --out '$(OUT)' --workers '$(WORKERS)' \
+	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
+
+plan: $(READY)
+	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)'
+
 # One page of all results in $(OUT).
 verdicts: $(READY)
 	$(BIN)/python -c 'import sys; from wrapperlib.claims import write_page; write_page(sys.argv[1])' '$(OUT)'
@@ -64,9 +79,16 @@ $(COMPILER): $(READY)
 	$(BIN)/pip install --quiet --editable '.[tracr]'
 	@touch $@
 
+# Only runs on other machines need Ray.
+$(CLUSTER): $(READY)
+	$(BIN)/pip install --quiet --editable '.[cluster]'
+	@touch $@
+
 bench: $(BENCHES)
 
 bench_tracr: $(COMPILER)
+
+bench_sweep: $(CLUSTER)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import REPO
+from wrapperlib import sweep
 from wrapperlib.protocols import SCALES, pretraining
-from wrapperlib.runs import Store, train_run
+from wrapperlib.runs import Store, train_all, train_run
 from wrapperlib.training import log_spaced
 
 SCRIPT = """
@@ -36,13 +37,16 @@ def run(batch: int = 7):
     return replace(made, recipe=replace(made.recipe, steps=40, batch=batch), measures=made.measures[:1])
 
 
+def torchrun(processes: int, *what):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *what]
+    settings = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
+    return subprocess.run([*map(str, command)], cwd=REPO, env=settings, capture_output=True, text=True, timeout=300)
+
+
 def together(folder, processes: int, stop_at: int = 0, batch: int = 7):
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, str(script), str(folder / "runs"), str(stop_at), str(processes), str(batch)]
-    settings = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
-    return subprocess.run(command, cwd=REPO, env=settings, capture_output=True, text=True, timeout=300)
+    return torchrun(processes, script, folder / "runs", stop_at, processes, batch)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,21 @@ def test_more_processes_than_samples_are_refused(tmp_path):
     done = together(tmp_path, 2, batch=1)
     assert done.returncode != 0
     assert "processes is 2; allowed: up to 1, the samples of a batch" in done.stderr
+
+
+def test_an_experiments_runs_are_trained_together_and_its_notebook_finds_them(tmp_path):
+    given = ["exp_randft", "--scale", "smoke", "--device", "cpu", "--out", tmp_path / "out"]
+    done = torchrun(2, "-m", "wrapperlib.sweep", "train", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    experiment = sweep.read("exp_randft", scale="smoke", device="cpu")
+    store = Store(tmp_path / "out" / "runs")
+    assert {store.meta(run)["processes"] for run in experiment.runs} == {2}
+    assert train_all(store, experiment.runs, quiet=True)["trained"] == 0
+    assert done.stdout.count(f"{len(experiment.runs)} runs: 0 reused") == 1  # one process speaks
+
+
+def test_together_is_refused_without_torchrun(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    out = str(tmp_path / "out")
+    assert sweep.main(["train", "exp_randft", "--scale", "smoke", "--device", "cpu", "--out", out]) == 2
+    assert "engine is 'together'; allowed: local, or start it by torchrun" in capsys.readouterr().err

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FAST', 'SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'TASKS', 'LENGTHS', 'PARAMETERS', 'rate_names',
            'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'pretraining', 'scratch', 'fine_tuning',
-           'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says', 'estimate', 'carry_out',
-           'rate_name', 'rates_of', 'share_list', 'task_family', 'prior_list', 'results_folder']
+           'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says', 'estimate', 'seconds_of',
+           'kind', 'pace', 'carry_out', 'rate_name', 'rates_of', 'share_list', 'task_family', 'prior_list',
+           'results_folder']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
 import itertools
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -336,24 +336,48 @@ def estimate(
 ) -> float:
     "Hours that training what is missing will take, from a few measured steps and an evaluation of each kind of run; 0 if nothing is missing."
     missing = {r for _, run in plan for r in run.lineage if not store.finished(r)}
-
-    def kind(run):
-        return run.shape, run.recipe.steps, run.recipe.batch, bool(run.recipe.sequence), len(run.measures)
-
-    examples, how_many = {kind(run): run for run in missing}, Counter(map(kind, missing))
-    total = sum(_seconds_of(run, device) * how_many[k] for k, run in examples.items())
+    total = sum(seconds_of(run, pace(run, device)) for run in missing)
     return total / 3600 / (workers or (cores() if device == "cpu" else 1))
 
 
-def _seconds_of(run: Run, device: str) -> float:
-    "Seconds that a run takes."
-    model = run.fresh_model()
-    training = run.recipe.steps * seconds_per_step(model, run.stream, run.recipe, device)
-    ids = run.measures[0].samples().to(device)
-    began = time.perf_counter()
-    accuracy(model, ids)
-    one = (time.perf_counter() - began) / len(ids)
-    return training + one * len(log_spaced(run.recipe.steps)) * sum(m.n for m in run.measures)
+def seconds_of(
+    run: Run,  # any
+    measured: tuple[float, float],  # as from `pace`
+) -> float:
+    "Seconds that a run takes, at the pace of a run of its kind."
+    step, sample = measured
+    return run.recipe.steps * step + sample * len(log_spaced(run.recipe.steps)) * sum(m.n for m in run.measures)
+
+
+def kind(
+    run: Run,  # any
+) -> tuple:
+    "Runs of which this is equal have the same pace."
+    recipe = run.recipe
+    return run.shape, run.stream.domain.row_length, recipe.batch, bool(recipe.sequence), bool(recipe.muon)
+
+
+_paces = {}  # of kinds and devices that were measured before in this process
+
+
+def pace(
+    run: Run,  # any
+    device: str = "cpu",  # as from `pick_device`
+) -> tuple[float, float]:
+    "Seconds for a step of such a run and for a test sample, from at least four steps and half a second of them, and from one evaluation."
+    if (kind(run), device) not in _paces:
+        step = _measured_step(run, device)
+        if step < 0.1:
+            step = _measured_step(run, device, steps=min(200, round(0.5 / step)))
+        model, ids = run.fresh_model().to(device), run.measures[0].samples().to(device)
+        began = time.perf_counter()
+        accuracy(model, ids)
+        _paces[kind(run), device] = step, (time.perf_counter() - began) / len(ids)
+    return _paces[kind(run), device]
+
+
+def _measured_step(run: Run, device: str, steps: int = 4) -> float:
+    return seconds_per_step(run.fresh_model(), run.stream, run.recipe, device, steps)
 
 
 def carry_out(
@@ -361,13 +385,14 @@ def carry_out(
     plan: list[tuple[dict, Run]],  # labels and runs
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # as in `train_all`
+    engine: Callable | None = None,  # as in `train_all`
 ) -> tuple[pd.DataFrame, dict]:
     "Say the price, train what is missing, and return the results and what `train_all` says of itself."
     for _, run in plan:
         store.verify(run)
     if hours := estimate(store, plan, device, workers):
         print(f"about {_duration(hours)} of training, by a step measured on {device}")
-    done = train_all(store, [run for _, run in plan], device, workers)
+    done = train_all(store, [run for _, run in plan], device, workers, engine=engine)
     return results(store, plan), done
 
 
