@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -427,8 +428,7 @@ class Ray:
         line: object | None,  # of progress
     ) -> int:
         "Train; returns the workers' peak memory in bytes."
-        import ray
-
+        ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
         ours = not ray.is_initialized() and self._connect(ray, workers)
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
@@ -505,6 +505,15 @@ def together(
 
 def _show(line, done: float, run: Run, step: int) -> None:
     line.show(done + _cost(run) * step / run.recipe.steps, run.name)
+
+
+def _ray():
+    "The package, without what it says of widgets where a notebook imports it."
+    logging.getLogger("ray.widgets.util").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+    return ray
 
 
 def _knock(address: str) -> None:
