@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make mixing | make jailbreak | make randft | make sweeps | make stories | make verdicts | make test | make bench | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make bench | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -7,10 +7,19 @@ TASK ?= count
 DEVICE ?= auto
 DATA ?= tales
 OUT ?= outputs
+WORKERS ?= 0
+# of paper: ENGINE=ray [ADDRESS=head:6379] [GPUS=0.25], FAIL_FAST=1
+ENGINE ?= local
+ADDRESS ?=
+GPUS ?= 0
+FAIL_FAST ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+COMPILER := .venv/.compiler
+SITE := .venv/.site
+CLUSTER := .venv/.cluster
 TOKENS := .venv/.tokens
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
@@ -19,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing mixing jailbreak randft sweeps stories verdicts test bench export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test bench docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -46,6 +55,18 @@ revival mixing jailbreak randft: $(READY)
 behavior pruning probing sweeps: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE)$(if $(filter index,$(TASK)),_index),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p task '$(TASK)' -p device '$(DEVICE)' -p out '$(OUT)')
 
+# Compiled programs: scale smoke, desk or paper.
+tracr tracr_readings: $(READY)
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
+
+# Every experiment; what would be done; what it would cost.
+paper status: $(READY) $(if $(filter ray,$(ENGINE)),$(CLUSTER))
+	@$(BIN)/python -m wrapperlib.sweep $@ --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --out '$(OUT)' --workers '$(WORKERS)' \
+	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
+
+plan: $(READY)
+	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)'
+
 # The experiment on stories has a tokeniser of its own, and DATA: tales, hub, or a folder with TinyStories-Instruct.
 $(TOKENS): $(READY)
 	$(BIN)/pip install --quiet --editable '.[stories]'
@@ -63,12 +84,38 @@ $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
+# JAX and tracr are there for what compiles programs anew: the tests, and the benchmark beside JAX.
+$(COMPILER): $(READY)
+	$(BIN)/pip install --quiet --editable '.[tracr]'
+	@touch $@
+
+# Only runs on other machines need Ray.
+$(CLUSTER): $(READY)
+	$(BIN)/pip install --quiet --editable '.[cluster]'
+	@touch $@
+
 bench: $(BENCHES)
+
+bench_tracr: $(COMPILER)
+
+bench_sweep: $(CLUSTER)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
 
-test: $(READY)
+# Only the site needs what builds it. Its tests also look at it in Chromium, if there is one (Debian: apt-get install chromium).
+$(SITE): $(READY)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(SITE)
+	$(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+
+docs-serve: $(SITE)
+	$(BIN)/mkdocs serve --config-file docs/mkdocs.yml
+
+test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
 	$(BIN)/pytest
 

@@ -67,6 +67,10 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

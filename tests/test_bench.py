@@ -114,10 +114,11 @@ TINY = {
     "bench_data": (dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
     "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
     "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
+    "bench_sweep": (dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 5),
 }
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "bench_sweep" else ()) for n in TINY])
 def test_the_benchmark_leaves_its_table(name, tmp_path):
     parameters, figures, peers, length = TINY[name]
     for peer in peers:

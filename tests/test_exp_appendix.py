@@ -128,7 +128,7 @@ def test_probes_by_name_know_which_names_question_they_read(tmp_path, monkeypatc
     carry_out(store, plan, workers=1)
     question = appendix.ProbingByName(samples=128)
     table = appendix.read_off(store, plan, scale, question, workers=1)
-    assert set(table["protocol"]) == {"fine_tuning", "pretraining"} and set(table["name"]) == {"C", "J1"}
+    assert set(table["protocol"]) == {"fine_tuning", "pretraining"} and set(table["name"]) == {"C", "J1", "J2"}
     assert set(table["metric"]) == {"accuracy", "shuffled", "selectivity", "majority", "says"}
     per = table.groupby(["protocol", "operand", "name", "metric"]).size()
     assert (per == SMOKE.shape.blocks + 1).all()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO, cells
-from wrapperlib.claims import as_markdown, page
+from wrapperlib.claims import as_markdown, in_short, page
 
 NOTEBOOKS = sorted(REPO.glob("nbs/*.ipynb"))
 LIBRARY = [p for p in NOTEBOOKS if p.name[0].isdigit()]
@@ -49,7 +49,12 @@ def test_the_verdicts_that_are_shown_are_those_of_the_committed_results():
     for path in REPO.glob("outputs/exp_*/desk*/claims.json"):
         assert not any(0 < c["seeds"] < 3 for c in json.loads(path.read_text())), path
     judged = json.loads((REPO / "outputs/exp_revival/desk/claims.json").read_text())
-    assert as_markdown(judged) in (REPO / "README.md").read_text()
+    readme = (REPO / "README.md").read_text()
+    assert as_markdown(judged) in readme
+    for name, path in re.findall(r"^\| \[(exp_\w+)\]\((outputs/.+?)\) ", readme, re.M):
+        claims = REPO / path.replace(f"{name}.ipynb", "claims.json")
+        row = next(line for line in readme.splitlines() if line.startswith(f"| [{name}]"))
+        assert row.endswith(f"| {in_short(json.loads(claims.read_text())) if claims.exists() else ''} |"), name
 
 
 def test_the_committed_results_are_whole():
@@ -105,11 +110,15 @@ def test_library_notebooks_run():
 
 def test_environments_agree():
     ours, project = settings(), tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    library, tools, tales, peers = (ours[f"{part}requirements"].split() for part in ("", "dev_", "stories_", "bench_"))
+    library = ours["requirements"].split()
+    extras = {name: ours[f"{name}_requirements"].split() for name in ("dev", "tracr", "stories", "bench", "docs", "cluster")}
     assert project["dependencies"] == library
-    assert project["optional-dependencies"] == dict(dev=tools, stories=tales, bench=peers)
+    assert project["optional-dependencies"] == extras
     environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]
-    assert next(d["pip"] for d in environment if isinstance(d, dict)) == library + tools + tales + peers
+    assert next(d["pip"] for d in environment if isinstance(d, dict)) == [
+        *library,
+        *(r for required in extras.values() for r in required),
+    ]
     pinned = re.search(r"TORCH := (\S+)", (REPO / "Makefile").read_text())[1]
     assert pinned == "torch==2.13.0"
 
@@ -120,7 +129,7 @@ def test_the_library_needs_no_notebook_tool():
 import importlib, sys
 for name in {modules}:
     importlib.import_module("wrapperlib." + name)
-print([m for m in ("nbdev", "fastcore", "execnb", "jupyter", "papermill", "IPython", "ipykernel", "nbformat", "jupytext", "tokenizers", "datasets") if m in sys.modules])
+print([m for m in ("nbdev", "fastcore", "execnb", "jupyter", "papermill", "IPython", "ipykernel", "nbformat", "jupytext", "jax", "tracr", "tokenizers", "datasets") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -136,6 +145,9 @@ def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_
     subprocess.run(pip, check=True, capture_output=True)
     assert {p.name for p in (site / "wrapperlib").glob("*.py")} == {p.name for p in (REPO / "wrapperlib").glob("*.py")}
     assert (site / "wrapperlib" / "paper_tables.csv").is_file()
+    assert {p.name for p in (REPO / "wrapperlib").glob("*.safetensors")} == {
+        p.name for p in (site / "wrapperlib").glob("*.safetensors")
+    }
     metadata = next(site.glob("wrapperlib-*.dist-info/METADATA")).read_text()
     needed = [r for r in re.findall(r"Requires-Dist: (.*)", metadata) if "extra ==" not in r]
     assert len(needed) == len(settings()["requirements"].split())

@@ -17,6 +17,7 @@ from wrapperlib.tasks import PRIORS, Domain, Edited, Natural, one_task
 from wrapperlib.training import (
     FINE_TUNING,
     Measure,
+    Momentum,
     Muon,
     NotFinite,
     Progress,
@@ -138,6 +139,23 @@ def test_muon_trains_the_blocks_matrices_and_resumes_bit_for_bit(domain, shape):
         train(fresh(), stream, replace(recipe, muon=0.0), resume=kept[0])
 
 
+def test_a_recipe_with_momentum_is_torchs_sgd_and_resumes_bit_for_bit(domain, shape):
+    stream, recipe = one_task(domain, "T", "a"), Momentum(steps=20, lr=0.05, batch=16, **ANSWER)
+    ours, theirs, again = (GPT(len(domain.vocabulary), domain.row_length, shape) for _ in range(3))
+    kept = []
+    log = train(ours, stream, recipe, 5, save=kept.append, save_every=0)
+    peer = torch.optim.SGD(theirs.parameters(), lr=1.0, momentum=0.9, weight_decay=recipe.weight_decay)
+    for step in range(recipe.steps):
+        peer.param_groups[0]["lr"] = rate(recipe, step)
+        peer.zero_grad()
+        loss_of(theirs, torch.from_numpy(stream.batch(recipe.batch, 5, step)), recipe).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.clip)
+        peer.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours.parameters(), theirs.parameters()))
+    assert train(again, stream, recipe, 5, resume=kept[11]) == log
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters()))
+
+
 def trainees(domain, shape, n=3, **changes):
     "Models of their own, each on strings of its own."
     streams = [one_task(domain, "T", "a"), Natural(domain, PRIORS["H"]), Edited(domain, "b", 0.5)]
@@ -147,10 +165,14 @@ def trainees(domain, shape, n=3, **changes):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("loss", [ANSWER, dict(answer=4.0), dict(muon=1e-3)], ids=["answer", "sequence", "muon"])
+@pytest.mark.parametrize(
+    "loss",
+    [ANSWER, dict(answer=4.0), dict(muon=1e-3), dict(momentum=0.9)],
+    ids=["answer", "sequence", "muon", "momentum"],
+)
 def test_a_stack_is_the_loop(domain, shape, loss):
     "Twenty steps of three models as one program, and of each alone, in float64 where rounding cannot hide a mistake."
-    recipe = Recipe(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
+    recipe = (Momentum if "momentum" in loss else Recipe)(steps=20, lr=1e-3, batch=12, clip=0.3, **loss)
     alone, together = trainees(domain, shape), trainees(domain, shape)
     for t in (*alone, *together):
         t.model.double()
@@ -255,6 +277,8 @@ def test_a_loss_that_is_not_finite_names_its_step(domain, shape):
 def test_bad_recipes_are_named(field, value):
     with pytest.raises(BadInput, match=f"{field} is"):
         replace(Recipe(), **{field: value})
+    with pytest.raises(BadInput, match="momentum is 1"):
+        Momentum(momentum=1.0)
     with pytest.raises(BadInput, match="answer is 0"):
         Recipe(sequence=0.0, answer=0.0)
 

@@ -70,7 +70,7 @@ class Pruning:
         "For each K the share of the later half, and for Fig. 7's largest the rows in each matrix of each block."
         chosen = {k: pruning.top(scores, k) for k in self.ks if k}
         rows = [dict(metric="later_half", k=k, value=pruning.later_half(units)) for k, units in chosen.items()]
-        for few in [k for k in chosen if k <= FEW][-1:]:
+        if few := max((k for k in chosen if k <= FEW), default=0):
             counts = pruning.where(chosen[few]).stack()
             rows += [dict(metric="rows", k=few, block=b, matrix=m, value=n) for (b, m), n in counts.items()]
         return pd.DataFrame(rows).assign(way="top", c_te=0.0)

@@ -288,7 +288,7 @@ def _ways_back(scale: Scale, start: Run, labels: dict, family: str) -> list[tupl
 class ProbingByName:
     "What can be read off the residual stream when counting is asked for by one name or another? Fig. 25."
 
-    names: tuple[str, ...] = ("C", "J1")  # task tokens
+    names: tuple[str, ...] = tuple(NAMES)  # task tokens
     samples: int = 4096  # to learn from, and as many others to test on
 
     def of(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REVIVAL_CLAIMS', 'MIXING_CLAIMS', 'JAILBREAK_CLAIMS', 'UNRELATED_CLAIMS', 'RANDFT_CLAIMS', 'Value', 'interval',
            'at_end', 'steps_to', 'area', 'NotMeasured', 'times_as_many', 'OneSeed', 'Claim', 'judge', 'judge_all',
-           'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'page', 'write_page', 'paper_tables',
-           'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims', 'judge_each',
-           'sweep_claims']
+           'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page', 'write_page',
+           'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
+           'judge_each', 'sweep_claims']
 
 # %% ../nbs/11_claims.ipynb #804c6369
 import itertools
@@ -508,6 +508,15 @@ def as_markdown(
     return "\n".join(lines)
 
 
+def in_short(
+    judged: list[dict],  # claims as in `claims.json`
+) -> str:
+    "How many hold, fail and are inconclusive, e.g. `6 hold, 1 fails, 8 inconclusive`."
+    found = [c["verdict"] for c in judged]
+    words = dict(holds=("holds", "hold"), fails=("fails", "fail"), inconclusive=2 * ("inconclusive",))
+    return ", ".join(f"{n} {words[v][n > 1]}" for v in words if (n := found.count(v)))
+
+
 def page(
     out: str | Path,  # folder of results, such as outputs
 ) -> str:
@@ -516,8 +525,9 @@ def page(
     for path in sorted(Path(out).glob("exp_*/*/claims.json")):
         name, scale = path.parts[-3:-1]
         if not scale.startswith("smoke"):
-            parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb)"]
-            parts.append(as_markdown(json.loads(path.read_text())))
+            judged = json.loads(path.read_text())
+            parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
+            parts.append(as_markdown(judged))
     return "\n\n".join(parts) + "\n"
 
 

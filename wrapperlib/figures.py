@@ -400,8 +400,9 @@ def curves(
     for (r, c), ax in zip(itertools.product(rows, columns), axes.flat):
         here = _of(_of(table, row, r), column, c)
         for (line, colour), (kind, style) in itertools.product(colours.items(), zip(kinds, _DASHES)):
+            width = 1.1 + 0.5 * (len(lines) - 1 - lines.index(line))  # so that of lines that coincide each is seen
             some = _of(here[here[hue] == line], dash, kind).groupby("step")["value"]
-            ax.plot(some.mean(), color=colour, ls=style, lw=1.4)
+            ax.plot(some.mean(), color=colour, ls=style, lw=width)
             ax.fill_between(some.min().index, some.min(), some.max(), color=colour, alpha=0.12, lw=0)
         _steps_axis(ax, table["step"], x)
         ax.set_title(_said(column, c, rates) if ax in axes[0] and column else "", fontsize=10)

@@ -213,6 +213,7 @@ class Sampler:
         self._length = np.array([len(row) for row in rows])
         self._offset = self._length.cumsum() - self._length
         self._cumulated = [np.cumsum([p for _, p in table]) for table in tables]
+        self._even = [len({p for _, p in table}) == 1 for table in tables]
         self._first_row = np.cumsum([0, *map(len, tables)])
 
     def strings(
@@ -243,14 +244,16 @@ class Sampler:
             if len(where):
                 row[where] = self._pick(symbol - self._n_terminals, rng.random(len(where)))
         length = np.where(row < 0, 1, self._length[row])
-        within = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
-        new = self._flat[np.repeat(self._offset[row], length) + within]
+        shift = self._offset[row] - (length.cumsum() - length)  # from a place in the new text to its place in the tables
+        new = self._flat[np.repeat(shift, length) + np.arange(length.sum())]
         if (row < 0).any():
             new = np.where(np.repeat(row < 0, length), np.repeat(tokens, length), new)
         return new, np.repeat(owner, length)
 
     def _pick(self, k: int, u: np.ndarray) -> np.ndarray:
         cumulated = self._cumulated[k]
+        if self._even[k]:  # as in the paper's grammar, where searching would take most of the time
+            return self._first_row[k] + (u * len(cumulated)).astype(np.int64)
         return self._first_row[k] + np.searchsorted(cumulated[:-1], u * cumulated[-1], side="right")
 
     def windows(

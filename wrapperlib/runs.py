@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 from .checks import BadInput, check
 from .model import GPT, Shape
-from .training import Measure, NotFinite, Progress, Recipe, Trainee, seconds_per_step, train_stack
+from .training import Measure, NotFinite, Progress, Recipe, Trainee, ranks, seconds_per_step, train_stack
 
 if TYPE_CHECKING:  # a worker needs no tables, and importing pandas takes half as long as importing torch
     import pandas as pd
@@ -76,17 +77,35 @@ class Run:
         return GPT(len(domain.vocabulary), domain.row_length, self.shape, self.seed)
 
 
+class _Itself:
+    "A key that is this very object: an equal one may be written in another way, as 1 and 1.0 are."
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __eq__(self, other: "_Itself") -> bool:
+        return self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def describe(
     value: object,  # a run, or any part of one
 ) -> object:
     "A configuration as plain JSON: dataclasses become dictionaries with the class's name, a run's name is left out."
     if is_dataclass(value):
-        return {"is": type(value).__name__} | {
-            f.name: describe(getattr(value, f.name)) for f in fields(value) if f.compare
-        }
+        look = _fields_of if value.__dataclass_params__.frozen else _fields_of.__wrapped__
+        return look(_Itself(value))
     if isinstance(value, (tuple, list)):
         return [describe(v) for v in value]
     return value
+
+
+@lru_cache(2**16)  # a thousand runs share one grammar, and it is most of what is to be said of each
+def _fields_of(it: _Itself) -> dict:
+    value = it.value
+    return {"is": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.compare}
 
 # %% ../nbs/04_runs.ipynb #b63451cf
 SOURCES = ("grammar", "tasks", "model", "training")
@@ -123,10 +142,13 @@ def _kinds(value: object) -> set[type]:
     "The classes in a run's configuration and those they inherit from, the run's own left out."
     if isinstance(value, (tuple, list)):
         return set().union(*map(_kinds, value))
-    if not is_dataclass(value):
-        return set()
-    own = {kind for kind in type(value).__mro__ if is_dataclass(kind)} - {Run}
-    return own.union(*(_kinds(getattr(value, f.name)) for f in fields(value) if f.compare))
+    return _kinds_in(_Itself(value)) if is_dataclass(value) else set()
+
+
+@lru_cache(2**16)
+def _kinds_in(it: _Itself) -> set[type]:
+    own = {kind for kind in type(it.value).__mro__ if is_dataclass(kind)} - {Run}
+    return own.union(*(_kinds(getattr(it.value, f.name)) for f in fields(it.value) if f.compare))
 
 
 _BASE = {f"wrapperlib.{name}" for name in SOURCES}
@@ -158,8 +180,12 @@ def address(
     run: Run,  # any run
 ) -> str:
     "The run's folder name: digest of the configuration, digest of the sources. Raises `BadInput` for a class that has no file."
-    config = json.dumps(describe(run), sort_keys=True).encode()
-    return f"{_digest(config, 16)}-{_digest(json.dumps(sources_of(run)).encode(), 8)}"
+    return f"{_config_digest(_Itself(run))}-{_digest(json.dumps(sources_of(run)).encode(), 8)}"
+
+
+@lru_cache(2**16)
+def _config_digest(run: _Itself) -> str:
+    return _digest(json.dumps(describe(run.value), sort_keys=True).encode(), 16)
 
 # %% ../nbs/04_runs.ipynb #ba57a9eb
 def write_whole(
@@ -207,16 +233,17 @@ class Store:
     def verify(
         self,
         run: Run,  # a run, finished, unfinished or not begun
-    ) -> None:
-        "Raise `BadInput` if what lies at the run's address cannot be trusted."
+    ) -> dict | None:
+        "What `run.json` says of a finished run, None for another. Raises `BadInput` if what lies at the run's address cannot be trusted."
         if not self.finished(run):
             self.checkpoint(run)
-            return
+            return None
         meta = self.meta(run)
         for name in FILES:
             path = self.path(run) / name
             whole = path.is_file() and _digest(path.read_bytes(), 64) == meta["files"][name]
             check(whole, "file in the store", path, "the file as the run left it; remove its folder to train again")
+        return meta
 
     def meta(self, run: Run) -> dict:
         "What `run.json` says of a finished run."
@@ -259,10 +286,18 @@ class Store:
         try:
             temporary.rename(self.path(run))
         except OSError:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             if not self.finished(run):
                 raise
         self.partial(run).unlink(missing_ok=True)
+        self._clear(run)
+
+    def _clear(self, run: Run) -> None:
+        "Remove what processes that were killed had half written of a finished run."
+        for path in self.partial(run).parent.glob(f".{self.partial(run).name}.*"):
+            path.unlink(missing_ok=True)
+        for folder in self.root.glob(f".{address(run)}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_partial(
         self,
@@ -305,8 +340,13 @@ class Store:
         for record in filter(None, map(_record, sorted(self.root.glob(f"{config}-*/run.json")))):
             changed = [s for s, d in sources_of(run).items() if record["sources"].get(s) != d]
             return "source changed: " + ", ".join(changed)
-        others = filter(None, map(_record, self.root.glob("*-*/run.json")))
-        nearest = min((_differences(describe(run), other["config"]) for other in others), key=len, default=None)
+        nearest = None
+        for other in filter(None, map(_record, self.root.glob("*-*/run.json"))):
+            found = _differences(describe(run), other["config"])
+            if nearest is None or len(found) < len(nearest):
+                nearest = found
+            if len(nearest) == 1:  # nearer is none: the same configuration would have been found above
+                break
         if nearest is None or len(nearest) > 3:
             return "new"
         return "differs in " + ", ".join(nearest)
@@ -327,17 +367,25 @@ def _checksum(record: dict) -> str:
 def _record(path: Path) -> dict | None:
     "What a `run.json` says; None if it cannot be trusted."
     try:
-        record = json.loads(path.read_text())
-        return record if record["checksum"] == _checksum(record) else None
+        about = path.stat()
+        return _read_record(path, about.st_mtime_ns, about.st_size)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+@lru_cache(2**14)  # a file that was not touched since says the same
+def _read_record(path: Path, modified: int, size: int) -> dict | None:
+    record = json.loads(path.read_text())
+    return record if record["checksum"] == _checksum(record) else None
+
+
 def _differences(ours: object, theirs: object, name: str = "") -> list[str]:
     "Settings in which two configurations differ, as `recipe.steps (3000, was 2000)`."
+    if ours == theirs:
+        return []
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         return [d for key in ours for d in _differences(ours[key], theirs[key], f"{name}.{key}".lstrip("."))]
-    return [] if ours == theirs else [f"{name} ({_short(ours)}, was {_short(theirs)})"]
+    return [f"{name} ({_short(ours)}, was {_short(theirs)})"]
 
 
 def _short(value: object) -> str:
@@ -365,8 +413,10 @@ def train_runs(
 ) -> None:
     "Train runs as one program, each as `train_run` would."
     with ExitStack() as locks:
-        for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
-            locks.enter_context(_lock(store, run, report))
+        if ranks()[0] == 0:  # of processes that train a run together the first one keeps it
+            for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
+                locks.enter_context(_lock(store, run, report))
+        _wait_for_all()
         runs = [run for run in runs if not store.finished(run)]
         if not runs:
             return
@@ -382,15 +432,24 @@ def train_runs(
                 store.save_partial(run, progress, used(before))
 
         trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
+        first = ranks()[0] == 0
+        _wait_for_all()  # what they go on from is read before it is replaced
         with _one_thread():
             try:
-                logs = train_stack(trainees, runs[0].recipe, device, save, save_every, report)
+                logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
             except NotFinite as e:
                 run = runs[e.which]
                 raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
-        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found):
-            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs))
+        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found) if first else ():
+            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
             store.put(run, trainee.model, log, facts | dict(versions=versions("torch", "numpy"), finished=now()))
+        _wait_for_all()  # nobody asks for it before it is there
+
+
+def _wait_for_all() -> None:
+    "Until all processes that train together are here."
+    if ranks()[1] > 1:
+        dist.barrier()
 
 
 def program(
@@ -534,6 +593,7 @@ def train_all(
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # runs side by side; 0: as many as together train the most, on a GPU 8
     quiet: bool = False,  # show nothing
+    engine: Callable | None = None,  # what trains instead of this machine's processes, such as `sweep.Ray`
 ) -> dict:
     """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
     runs whenever they were trained, the seconds they took and the devices they were trained on.
@@ -542,25 +602,26 @@ def train_all(
     runs that had finished by then stay.
     """
     wanted = list(dict.fromkeys(r for run in runs for r in run.lineage))
-    for run in wanted:
-        store.verify(run)
-    missing = [r for r in wanted if not store.finished(r)]
+    found = {run: store.verify(run) for run in wanted}
+    missing = [run for run, record in found.items() if record is None]
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
         for reason, group in _grouped((store.why(r), r.name) for r in missing).items():
             print(f"  {len(group)} × {reason}")
     if missing:
-        summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet)
-    records = [store.meta(run) for run in wanted]
+        summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet, engine)
+    records = [found[run] or store.meta(run) for run in wanted]
     summary["seconds_in_runs"] = round(sum(record["seconds"] for record in records), 1)
     summary["devices"] = sorted({device for record in records for device in record["devices"]})
     return summary
 
 
-def _train_missing(store, missing, device, workers, quiet) -> int:
+def _train_missing(store, missing, device, workers, quiet, engine) -> int:
     "Returns the workers' peak memory."
     line = None if quiet else Line(sum(map(_cost, missing)), len(missing))
+    if engine:
+        return engine(store, missing, device, workers, line)
     if device != "cpu":
         return _train_here(store, missing, device, workers or 8, line)
     if min(workers or cores(), len(missing)) == 1:

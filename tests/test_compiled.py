@@ -1,0 +1,279 @@
+"Compiled programs against JAX, against plain Python, and through the library's other rooms."
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save
+
+from tests.conftest import REPO, papermill, refusal
+from wrapperlib import compiled, compiled_runs, letters
+from wrapperlib.checks import BadInput
+from wrapperlib.compiled import ANSWER, BOS, PAD, SHIPPED, Compiled, Program, load_weights, weight_label
+from wrapperlib.letters import TASKS, Letters
+from wrapperlib.model import change, read, site_names
+from wrapperlib.pruning import scores
+from wrapperlib.runs import Store, address, source_digests, train_run
+from wrapperlib.training import accuracy
+
+ALPHABET = [chr(ord("a") + i) for i in range(26)]
+PROGRAMS = dict(
+    counter=lambda: (compiled.counter("a"), ALPHABET[:9], 47),
+    counter_b=lambda: (compiled.counter("b"), ALPHABET[:9], 47),
+    max=lambda: (compiled.largest(5), ALPHABET, 25),
+)
+
+
+def fifth(text):
+    return sorted(text.replace("#", ""))[4]
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return {name: Compiled(load_weights(name)).eval() for name in SHIPPED}
+
+
+def said(model, texts):
+    with torch.no_grad():
+        best = model(model.encode(texts), last=True).argmax(-1)
+    return [model.about["answers"][i] for i in best]
+
+
+def drawn(chance, alphabet, length, n=1, repeat=True):
+    return ["".join(chance.choice(alphabet, length, replace=repeat)) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def recompiled():
+    pytest.importorskip("tracr")
+    return {name: compiled.compiled_weights(*PROGRAMS[name]()) for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_weights_are_what_the_compiler_makes(recompiled, name):
+    ours, theirs = load_weights(name), recompiled[name]
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(ours.tensors[k], theirs.tensors[k]) for k in ours.tensors)
+    assert {k: v for k, v in ours.about.items() if k != "made"} == {
+        k: v for k, v in theirs.about.items() if k != "made"
+    }
+    if name == "counter":  # the channels of the two weights that Fig. 59 prints
+        assert [ours.about["residual"][i] for i in (97, 148)] == ["one", "tokens:a"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_block_is_jaxs(programs, name):
+    pytest.importorskip("tracr")
+    from tracr.compiler import compiling
+
+    program, alphabet, length = PROGRAMS[name]()
+    theirs = compiling.compile_rasp_to_model(program, set(alphabet), length, compiler_bos=BOS, compiler_pad=PAD)
+    model, chance = programs[name], np.random.default_rng(0)
+    for text in (*drawn(chance, alphabet, min(length, len(alphabet)), 2, False), alphabet[0] * 2):
+        out = theirs.apply([BOS, *text])
+        wanted = ["embed", *(f"blocks.{i}.{s}" for i in range(3) for s in ("attention_out", "residual"))]
+        seen = read(model, model.encode([text]), wanted)
+        reference = {"embed": out.input_embeddings}
+        for i in range(3):
+            reference[f"blocks.{i}.attention_out"] = out.layer_outputs[2 * i]
+            reference[f"blocks.{i}.residual"] = out.residuals[2 * i + 1]
+        for site, x in reference.items():
+            torch.testing.assert_close(seen[site], torch.tensor(np.asarray(x)), rtol=0, atol=1e-5, msg=site)
+        assert said(model, [text]) == [str(out.decoded[ANSWER])]
+
+
+def test_all_short_texts_are_counted(programs):
+    for length in (2, 3, 4):
+        grid = np.stack(np.meshgrid(*[ALPHABET[:9]] * length), -1).reshape(-1, length)
+        texts = ["".join(t) for t in grid]
+        assert len(texts) == 9**length
+        assert said(programs["counter"], texts) == [str(t.count("a")) for t in texts]
+        assert said(programs["counter_b"], texts) == [str(t.count("b")) for t in texts]
+
+
+def test_long_texts_are_counted_up_to_nine(programs):
+    "The compiler's steps are 0.01 wide, and 1/10 and 1/11 are closer: from ten on it miscounts, and so do we."
+    texts = [t + "#" for t in drawn(np.random.default_rng(1), ALPHABET[:9], 46, 3000)]
+    given = said(programs["counter"], texts)
+    few = [(x, t.count("a")) for x, t in zip(given, texts) if t.count("a") < 10]
+    assert len(few) > 2800 and all(x == str(n) for x, n in few)
+
+
+def test_the_fifth_largest_is_found(programs):
+    chance = np.random.default_rng(2)
+    texts = [t + "#" * (25 - n) for n in (5, 8, 10, 25) for t in drawn(chance, ALPHABET, n, 700, False)]
+    for n in (5, 8, 10, 25):
+        same = [t for t in texts if len(t.rstrip("#")) == n]
+        assert said(programs["max"], same) == [fifth(t) for t in same]
+
+
+def test_any_program_can_be_compiled_saved_and_loaded(tmp_path):
+    pytest.importorskip("tracr")
+    weights = compiled.compiled_weights(compiled.counter("x"), "xyz", 6)
+    compiled.save_weights(tmp_path / "mine.safetensors", weights)
+    model = Program(str(tmp_path / "mine.safetensors")).model()
+    assert [model.answer(t) for t in ("xyx", "yy", "xxxxxx")] == ["2", "0", "6"]
+
+
+def test_numerical_output_is_refused():
+    pytest.importorskip("tracr")
+    from tracr.rasp import rasp
+
+    marked = rasp.numerical(rasp.tokens == "a")
+    everywhere = rasp.Select(rasp.indices, rasp.indices, rasp.Comparison.TRUE)
+    share = rasp.numerical(rasp.Aggregate(everywhere, marked, default=0))
+    with pytest.raises(BadInput, match="program's output is 'numerical'; allowed: categorical"):
+        compiled.compiled_weights(share, "ab", 4)
+
+
+def test_no_jax_is_needed_to_run():
+    code = "import sys; from wrapperlib.compiled import *; print(Program('counter').model().answer('abcab'), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+
+
+def test_bad_files_and_texts_are_refused(tmp_path, programs):
+    for data, says in (
+        (save({"token.weight": torch.zeros(2, 2)}), "without residual, tokens"),
+        (b"not a file of weights", "allowed: a safetensors file"),
+        (SHIPPED["max"].read_bytes()[:-100], "allowed: a safetensors file"),
+    ):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(BadInput, match=says):
+            load_weights(tmp_path / "bad")
+    with pytest.raises(BadInput, match="a file that can be read"):
+        load_weights("nowhere")
+    for text, says in (("abz", "letter is 'z'"), (48 * "a", "48 letters long"), ("a", "1 letters long")):
+        with pytest.raises(BadInput, match=says):
+            programs["counter"].answer(text)
+
+
+def test_the_last_block_at_one_place_is_the_same(programs):
+    for model in programs.values():
+        ids = torch.from_numpy(np.random.default_rng(0).integers(0, len(model.about["tokens"]), (5, model.context)))
+        torch.testing.assert_close(model(ids, last=True), model(ids)[:, ANSWER], rtol=1e-5, atol=1e-5)
+
+
+def test_sites_can_be_read_and_changed(programs):
+    model = programs["counter"]
+    kinds = ("attention", "attention_out", "neurons", "residual")
+    assert set(site_names(model)) == {"embed", *(f"blocks.{i}.{kind}" for i in range(3) for kind in kinds)}
+    ids = model.encode(["abcab"])
+    with change(model, {"blocks.1.attention_out": torch.zeros_like}):
+        assert model(ids, last=True).argmax() != 2
+    assert model(ids, last=True).argmax() == 2
+
+
+def test_a_planted_weight_is_found_and_named():
+    "A weight that lets the counting head see b, too: its score is positive, its label says so, and without it a is counted again."
+    weights = load_weights("counter")
+    model, residual = Compiled(weights), weights.about["residual"]
+    key = model.blocks[1].attention.key.weight
+    marked = next(i for i, label in enumerate(residual) if label.endswith(":True"))
+    place = weights.tensors["blocks.1.attention.key.weight"][:, marked].nonzero()[0, 0].item()
+    with torch.no_grad():
+        key[place, residual.index("tokens:b")] = 1.0
+    ids = torch.from_numpy(Letters("counter", "opt").batch(128, 0, 0))
+    matrix, at = "blocks.1.attention.key.weight", (place, residual.index("tokens:b"))
+    assert scores(model, ids, "weight")[matrix][at] > 0
+    assert weight_label(weights, matrix, *at).startswith(f"B1 W_K from tokens:b to {place} (")
+    hidden = accuracy(model, ids)
+    assert compiled_runs._without(model, (matrix, *at), lambda m: accuracy(m, ids)) > 0.9 > 0.3 > hidden
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+def test_letters_against_plain_python(task, share):
+    for asked in letters.ASKED:
+        stream = Letters(task, asked, share)
+        rows = stream.batch(400, 3, 7)
+        assert rows.shape == (400, stream.domain.row_length) and (stream.batch(400, 3, 7) == rows).all()
+        correlated = []
+        for row in rows:
+            text = "".join(stream.domain.vocabulary[i] for i in row[1:-2] if i != stream.domain.vocabulary.index(PAD))
+            opt, oft = text.count("a"), text.count("b")
+            if task == "max":
+                assert len(set(text)) == len(text) == 10
+                opt, oft = (ALPHABET.index(sorted(text)[i]) for i in (4, 5))
+            assert row[-2] == dict(opt=opt, oft=oft)[asked]
+            correlated.append(oft - opt == 1)
+        if share is not None:
+            assert abs(np.mean(correlated) - share) < 0.1 and (share not in (0, 1) or np.mean(correlated) == share)
+
+
+def test_noise_is_the_seeds_and_decides_the_run():
+    one, same, other = (Program("counter", 1e-3).model(seed) for seed in (0, 0, 1))
+    assert torch.equal(one.token.weight, same.token.weight) and not torch.equal(one.token.weight, other.token.weight)
+    clean = Program("counter").model()
+    assert abs((one.token.weight - clean.token.weight).std().item() - 1e-3) < 1e-4
+    size = compiled_runs.SIZES["smoke"]
+    louder = replace(size, noise=1e-3)
+    runs = [compiled_runs.fine_tuning(s, "counter", 1.0) for s in (size, louder)]
+    assert address(runs[0]) != address(runs[1])
+
+
+def test_a_run_of_a_program_lies_in_the_store(tmp_path):
+    store, size = Store(tmp_path), compiled_runs.SIZES["smoke"]
+    run = compiled_runs.reverse(size, compiled_runs.fine_tuning(size, "max", 1.0), "η_VS")
+    for part in run.lineage:
+        train_run(store, part)
+    assert set(store.log(run)["metric"]) == {"acc_opt", "acc_oft", "loss"}
+    assert set(store.meta(run)["sources"]) == {*source_digests(), "compiled", "letters"}
+    assert store.model(run).answer("kehwmguatd" + 15 * "#") in ALPHABET
+
+
+def test_reft_and_its_control_see_the_same_strings():
+    size = compiled_runs.SIZES["smoke"]
+    back = compiled_runs.reverse(size, compiled_runs.fine_tuning(size, "counter", 1.0, seed=2), "η_S")
+    control = compiled_runs.scratch_tuned(size, "η_S", seed=2)
+    assert (back.stream, back.recipe, back.seed, back.data) == (
+        control.stream,
+        control.recipe,
+        control.seed,
+        control.data,
+    )
+    assert control.shape.name == "counter_b"
+
+
+def test_the_papers_tables_are_whole():
+    table = pd.read_csv(REPO / "wrapperlib" / "tracr_tables.csv")
+    assert table.groupby("table").size().to_dict() == {3: 28 * 8, 4: 28 * 8} and table["paper"].between(0, 1).all()
+    cell = table.query("table == 3 and task == 'counter' and rate == 'η_M' and c_tr == 1 and c_te == 1")
+    assert cell.set_index("metric")["paper"].to_dict() == dict(acc_opt=0.003, acc_oft=0.983)
+
+
+def test_the_experiment_runs(tmp_path):
+    done = papermill(tmp_path, "exp_tracr", "-p", "scale", "smoke", "-p", "rates", "L M", "-p", "workers", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    place = tmp_path / "outputs/exp_tracr/smoke"
+    judged = json.loads((place / "claims.json").read_text())
+    assert [c["id"] for c in judged] == [c.id for c in compiled_runs.C7]
+    table = pd.read_csv(place / "results.csv", low_memory=False)
+    assert {"trained", "top", "random", "alone", "best alone", "beside the paper"} <= set(table["way"])
+    assert (place / "fig10_attention.png").is_file()
+
+
+def test_readings_run(tmp_path):
+    done = papermill(tmp_path, "exp_tracr_readings", "-p", "scale", "smoke", "-p", "readings", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "outputs/exp_tracr_readings/smoke/results.csv")
+    assert len(table) == 4 * len(compiled_runs.CELLS) and not table["paper"].isna().any()
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(scale="huge"), "scale is 'huge'; allowed: one of smoke, desk, paper"),
+        (dict(rates="XL"), "rates is 'XL'; allowed: some of L, M, S, VS"),
+        (dict(c_trs="2"), "c_trs is '2'; allowed: different numbers from 0 to 1"),
+        (dict(seedz=3), "parameter name is 'seedz'; allowed: scale"),
+    ],
+)
+def test_bad_parameters_are_refused(tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refusal("exp_tracr", given) and not list(tmp_path.iterdir())

@@ -1,0 +1,420 @@
+"The whole paper, grids, and engines: kills, failures, two machines."
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import REPO, cells
+from wrapperlib import sweep
+from wrapperlib.checks import BadInput
+from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
+from wrapperlib.runs import FILES, Store, address, train_all
+
+SMOKE = SCALES["smoke"]
+SMALL = {"scale": "smoke", "prior": ["H", "L"], "seed": [0, 1]}
+
+
+def command(folder, *arguments):
+    "`python -m wrapperlib.sweep` in another folder."
+    return subprocess.Popen(
+        [sys.executable, "-m", "wrapperlib.sweep", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def contents(store, run):
+    return [(store.path(run) / name).read_bytes() for name in FILES]
+
+
+def test_the_table_names_every_experiment_and_its_own_folder():
+    named = [name for name, _ in sweep.EXPERIMENTS]
+    assert set(named) == {p.stem for p in REPO.glob("nbs/exp_*.ipynb")}
+    read = [sweep.read(name, scale="smoke", **given) for name, given in sweep.EXPERIMENTS]
+    assert len({e.folder for e in read}) == len(read)
+    assert {n for n in named if any("task: str" in "".join(c["source"]) for c in cells(n))} == {
+        name for name, given in sweep.EXPERIMENTS if "task" in given
+    }
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in sweep.EXPERIMENTS}))
+def test_reading_trains_nothing_writes_nothing_and_finds_the_notebooks_plan(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeds = dict(seeds=2) if "seeds" in sweep._parameters(name) else {}
+    experiment = sweep.read(name, scale="smoke", out="results", **seeds)
+    assert not list(tmp_path.iterdir()) and experiment.checked.out == Path("results")
+    assert {labels["seed"] for labels, _ in experiment.plan} == ({0, 1} if seeds else set())
+    if name == "exp_revival":
+        assert experiment.plan == revival_plan(SMOKE, 2)
+
+
+def test_an_experiment_of_ones_own(tmp_path):
+    source = (REPO / "nbs/exp_revival.ipynb").read_text()
+    own = tmp_path / "exp_mine.ipynb"
+    own.write_text(source)
+    assert sweep.read(str(own), scale="smoke").plan == sweep.read("exp_revival", scale="smoke").plan
+    own.write_text(source.replace("plan = protocols", "planned = protocols").replace("store, plan", "store, planned"))
+    notebook = json.loads(own.read_text())
+    notebook["cells"] = notebook["cells"][:5]
+    own.write_text(json.dumps(notebook))
+    with pytest.raises(BadInput, match="allowed: one that checks its parameters as p and sets plan"):
+        sweep.read(str(own), scale="smoke")
+    for missing in ("exp_none", str(tmp_path / "none.ipynb")):
+        with pytest.raises(BadInput, match=r"experiment is .*allowed: exp_revival, exp_behavior"):
+            sweep.read(missing)
+
+
+def test_status_counts_each_run_once_and_says_why(tmp_path):
+    asked = [("exp_revival", {}), ("exp_behavior", dict(task="count"))]
+    store, plan = Store(tmp_path / "out" / "runs"), revival_plan(SMOKE)
+    before = sweep.status("smoke", device="cpu", out=str(tmp_path / "out"), experiments=asked)
+    assert not (tmp_path / "out").exists()
+    every = {address(r) for name, given in asked for r in sweep.read(name, scale="smoke", **given).runs}
+    assert before.loc["all", "to train"] == len(every) and before.loc["all", "minutes"] >= 0
+    assert before.loc["exp_revival/smoke", "why"] == "24 × new"
+    train_all(store, [run for _, run in plan], workers=1, quiet=True)
+    record = next(store.root.glob("*-*/run.json"))
+    now = sweep.status("smoke", device="cpu", out=str(tmp_path / "out"), experiments=asked)
+    assert now.loc["exp_revival/smoke", "to train"] == 0 and now.loc["exp_revival/smoke", "why"] == ""
+    assert now.loc["all", "to train"] == len(every) - 24 and record.exists()
+
+
+def test_status_knows_with_what_results_were_made(tmp_path):
+    experiment = sweep.read("exp_revival", scale="smoke")
+    place = tmp_path / experiment.folder
+    place.mkdir(parents=True)
+    about = dict(parameters=json.loads(json.dumps(vars(experiment.checked), default=str)))
+    about["sources"] = dict(sweep.source_digests())
+
+    def said():
+        (place / "provenance.json").write_text(json.dumps(about))
+        return sweep._made_with(place, experiment)
+
+    assert said() == "as asked"
+    about["parameters"]["workers"] = 7
+    assert said() == "as asked"
+    about["parameters"]["seeds"], about["sources"]["tasks"] = 3, "other"
+    assert said() == "made with seeds 3; source changed: tasks"
+    (place / "provenance.json").write_text("{")
+    assert sweep._made_with(place, experiment) == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "of, grid, says",
+    [
+        ("exp_revival", dict(scale="smoke", seed=[1]), r"parameter name is 'seed'.*did you mean seeds"),
+        ("exp_revival", dict(scale="smoke", seeds="3"), "seeds is '3'; allowed: whole numbers"),
+        ("exp_revival", dict(scale="smoke", out="here"), "parameter name is 'out'"),
+        ("exp_revival", {}, r"grid is \{\}"),
+        ("exp_revival", dict(scale=[]), r"scale is \[\]; allowed: at least one value"),
+        ("exp_revival", dict(seeds=[1, 1]), r"seeds is \[1, 1\]; allowed: at least one value, each once"),
+        ("exp_nothing", dict(scale="smoke"), "experiment is 'exp_nothing'"),
+        (7, dict(scale="smoke"), "of is 7"),
+        ("pretraining", dict(scale="smoke", c_tr=0.5), "parameter name is 'c_tr'; allowed: scale, seed, prior"),
+        ("pretraining", {"scale": "smoke", "recipe.lr": "1e-4"}, "recipe.lr is '1e-4'.*YAML"),
+        ("pretraining", {"scale": "smoke", "recipe.steps": 10.5}, "recipe.steps is 10.5; allowed: whole"),
+        ("pretraining", {"scale": "smoke", "recipe.lr": True}, "recipe.lr is True"),
+        ("pretraining", {"scale": "smoke", "recipe.lr": -1.0}, "lr is -1.0; allowed: numbers above 0"),
+        ("pretraining", {"scale": "smoke", "recipe.speed": 1}, "parameter name is 'recipe.speed'"),
+        ("reft", {"scale": "smoke", "shape.width": 32}, "parameter name is 'shape.width'"),
+        ("reft", {"scale": "smoke", "c_tr": "0.5"}, "c_tr is '0.5'; allowed: numbers from 0 to 1"),
+        ("reft", {"scale": "smoke", "prior": "H L"}, "prior is 'H L'; allowed: one prior"),
+    ],
+)
+def test_a_grid_is_refused_before_its_first_run(tmp_path, of, grid, says):
+    with pytest.raises(BadInput, match=says):
+        sweep.sweep(Store(tmp_path / "runs"), of, grid, workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_is_every_combination_and_its_runs_are_the_protocols(tmp_path):
+    plan = sweep.grid_plan("reft", dict(scale="smoke", c_tr=[0, 1], re_rate=["M", "S"]))
+    assert {address(run) for _, run in plan} < {address(r) for _, run in revival_plan(SMOKE) for r in run.lineage}
+    assert [(labels["c_tr"], labels["re_rate"]) for labels, _ in plan] == [(0, "M"), (0, "S"), (1, "M"), (1, "S")]
+    one, other = (sweep.one_run("pretraining", **{"scale": "smoke", "recipe.lr": lr}) for lr in (1, 1.0))
+    assert address(one) == address(other)
+    wide = sweep.one_run("pretraining", **{"scale": "smoke", "shape.width": 32})
+    assert wide == replace(pretraining(SMOKE, "L"), shape=replace(SMOKE.shape, width=32))
+
+
+def test_a_grid_over_an_experiment_is_one_tidy_table(tmp_path):
+    store = Store(tmp_path / "runs")
+    grid = dict(scale="smoke", ft_rate=["M", "S"], priors="L")
+    table = sweep.sweep(store, "exp_revival", grid, workers=1)
+    for rate in "MS":
+        run = sweep.read("exp_revival", scale="smoke", ft_rate=rate, priors="L")
+        alone, _ = carry_out(store, run.plan, workers=1)
+        ours = table[table["ft_rate"] == rate]
+        assert ours[alone.columns].reset_index(drop=True).equals(alone)
+
+
+def test_a_file_says_of_and_grid(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("of: pretraining\ngrid: {scale: smoke, recipe.lr: [1.0e-4, 0.001]}")
+    assert sweep.load_grid(file) == ("pretraining", {"scale": "smoke", "recipe.lr": [1e-4, 1e-3]})
+    for text in ("grid: {}", "of: pretraining\ngrid: {}\nmore: 1", "[1", "\x00", "just text"):
+        file.write_text(text)
+        with pytest.raises(BadInput, match="file is"):
+            sweep.load_grid(file)
+    with pytest.raises(BadInput, match="file is"):
+        sweep.load_grid(tmp_path / "none.yaml")
+
+
+def test_makespan_is_that_of_a_schedule():
+    runs = sweep.read("exp_revival", scale="smoke").runs
+    seconds = {run: 1.0 + 0.1 * i for i, run in enumerate(runs)}
+    chain = max(sum(seconds[r] for r in run.lineage) for run in runs)
+    alone = sweep.makespan(seconds, 1)
+    assert alone == pytest.approx(sum(seconds.values()))
+    assert sweep.makespan(seconds, len(runs)) == pytest.approx(chain)
+    for n in (2, 4, 16):
+        assert max(chain, alone / n) - 1e-9 <= sweep.makespan(seconds, n) <= alone / n + chain
+
+
+def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, says in (
+        (["paper", "--scale", "huge"], "scale is 'huge'"),
+        (["paper", "--seeds", "three"], "seeds is 'three'; allowed: whole numbers from 1"),
+        (["paper", "--device", "tpu"], "device is 'tpu'"),
+        (["paper", "--engine", "slurm"], "engine is 'slurm'; allowed: one of local, ray"),
+        (["plan", "--seeds", "0"], "seeds is 0"),
+        (["grid"], "file is None"),
+        (["status", "mine.yaml"], "file is 'mine.yaml'"),
+        (["train"], "file is None"),
+        (["train", "exp_none"], "experiment is 'exp_none'"),
+        (["grid", "none.yaml"], "file is 'none.yaml'"),
+    ):
+        assert sweep.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_paper_goes_on_after_a_failure_and_says_where_to_look(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    broken = tmp_path / "exp_broken.ipynb"
+    notebook = json.loads((REPO / "nbs/exp_revival.ipynb").read_text())
+    notebook["cells"][9]["source"] = ["raise ArithmeticError('no figure today')"]
+    broken.write_text(json.dumps(notebook))
+    given = dict(priors="L")
+    asked = [(str(broken), given), ("exp_revival", given)]
+    out = tmp_path / "out"
+    table = sweep.paper("smoke", device="cpu", out=str(out), workers=1, experiments=asked)
+    failed = table.loc["exp_broken/smoke", "failed"]
+    copy = Path(re.search(r"; see (.*)", failed)[1])
+    assert "ArithmeticError: no figure today" in failed and "no figure today" in copy.read_text()
+    good = table.loc["exp_revival/smoke"]
+    assert good["failed"] == "" and good["reused"] == "10 of 10 runs" and "inconclusive" in good["verdicts"]
+    made = json.loads((out / "exp_revival/smoke/exp_revival.ipynb").read_text())["metadata"]["papermill"]
+    assert made["end_time"] and not made["exception"] and made["parameters"]["seeds"] == 1
+    assert not (out / "exp_broken").exists()
+    fast = sweep.paper("smoke", device="cpu", out=str(out), workers=1, experiments=asked, fail_fast=True)
+    assert list(fast.index) == ["exp_broken/smoke"]
+    with pytest.raises(BadInput, match="out is"):
+        sweep.paper("smoke", out=str(broken), experiments=asked)
+
+
+def test_a_thousand_finished_runs_are_recognised_in_seconds(tmp_path, monkeypatch):
+    store, plan = Store(tmp_path / "runs"), revival_plan(SMOKE, 42)
+    wanted = list(dict.fromkeys(r for _, run in plan for r in run.lineage))
+    model, log = wanted[0].fresh_model(), [dict(step=0, metric="acc_opt", c_te=0.0, value=0.0)]
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    for run in wanted:
+        store.put(run, model, log, dict(seconds=0, devices=["cpu"]))
+    assert len(wanted) > 1000
+    code = f"""
+import time
+from wrapperlib import sweep
+began = time.perf_counter()
+table = sweep.status("smoke", 42, "cpu", {str(tmp_path)!r}, experiments=[("exp_revival", {{}})])
+assert table.loc["all", "to train"] == 0 and table.loc["all", "reused"] == {len(wanted)}
+print(time.perf_counter() - began)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 5
+
+
+def test_two_sweeps_at_once_share_the_work(tmp_path):
+    (tmp_path / "mine.yaml").write_text(json.dumps(dict(of="pretraining", grid=SMALL)))
+    both = [command(tmp_path, "grid", "mine.yaml", "--workers", "1", "--device", "cpu") for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    table = pd.read_csv(tmp_path / "outputs/sweeps/mine/results.csv")
+    assert len(list((tmp_path / "outputs/runs").glob("*-*/run.json"))) == 4
+    assert set(table["prior"]) == {"H", "L"} and set(table["seed"]) == {0, 1}
+    assert not list((tmp_path / "outputs/runs").glob(".*"))
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs another file system that can be written to")
+def test_the_store_may_lie_on_another_file_system(tmp_path):
+    other = Path("/dev/shm") / f"wrapperlib-{os.getpid()}"
+    try:
+        other.mkdir()
+        if other.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is the same file system")
+        (tmp_path / "runs").symlink_to(other, target_is_directory=True)
+        table = sweep.sweep(Store(tmp_path / "runs"), "pretraining", SMALL, workers=1)
+        assert len(list(other.glob("*-*/run.json"))) == 4
+        again = sweep.sweep(Store(other), "pretraining", SMALL, workers=1)
+        assert again.equals(table)
+    finally:
+        shutil.rmtree(other)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_twenty_moments_loses_nothing(tmp_path):
+    grid = SMALL | {"recipe.steps": 4000}
+    often = f"""
+from functools import partial
+from wrapperlib import runs, sweep
+runs.train_runs = partial(runs.train_runs, save_every=0.2)
+sweep.sweep(runs.Store("runs"), "pretraining", {grid}, workers=1)
+"""
+
+    def begin():
+        environment = os.environ | {"PYTHONPATH": str(REPO)}
+        return subprocess.Popen([sys.executable, "-c", often], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+
+    store, chance, finished = Store(tmp_path / "runs"), random.Random(0), set()
+    for _ in range(20):
+        process = begin()
+        time.sleep(chance.uniform(2, 6))
+        process.kill()
+        process.wait()
+        there = {p.parent.name for p in store.root.glob("*-*/run.json")}
+        assert finished <= there
+        finished = there
+    assert begin().wait() == 0
+    plan, whole = sweep.grid_plan("pretraining", grid), Store(tmp_path / "whole")
+    assert any(store.meta(run)["resumed_at"] for _, run in plan)
+    assert not list(store.root.glob(".*")) and not list((store.root / "partial").iterdir())
+    train_all(whole, [run for _, run in plan], workers=1, quiet=True)
+    for _, run in plan:
+        assert contents(store, run) == contents(whole, run)
+
+
+@pytest.mark.slow
+def test_the_plan_predicts_what_is_measured(tmp_path):
+    wanted = [sweep.one_run("pretraining", **{"scale": "desk", "seed": s, "recipe.steps": 120}) for s in (0, 1)]
+    off = []
+    for k in range(3):  # another program may be busy for a moment
+        kinds = sweep.measured_kinds(wanted)
+        predicted = sweep.makespan({r: sweep.seconds_of(r, kinds[sweep.kind(r)][0]) for r in wanted}, 1)
+        began = time.monotonic()
+        train_all(Store(tmp_path / str(k)), wanted, workers=1, quiet=True)
+        off.append((time.monotonic() - began) / predicted - 1)
+    print("measured against predicted:", off)
+    assert sorted(map(abs, off))[1] < 0.2, off
+
+
+@pytest.mark.slow
+def test_the_papers_shape_is_killed_goes_on_and_takes_what_was_predicted(tmp_path):
+    "Two hundred steps of pretraining at full shape: a quarter of an hour on a core."
+    long = {"scale": "paper", "recipe.steps": 200}
+    [(_, run)] = sweep.grid_plan("pretraining", long)
+    step, sample = sweep.measured_kinds([run])[sweep.kind(run)][0]
+    predicted = sweep.seconds_of(run, (step, sample))
+    (tmp_path / "mine.yaml").write_text(json.dumps(dict(of="pretraining", grid=long)))
+    store = Store(tmp_path / "outputs" / "runs")
+    first = command(tmp_path, "grid", "mine.yaml", "--workers", "1", "--device", "cpu")
+    while sweep._step(store, run) < 60:
+        assert first.poll() is None, first.communicate()
+        time.sleep(1)
+    first.kill()
+    first.wait()
+    second = command(tmp_path, "grid", "mine.yaml", "--workers", "1", "--device", "cpu")
+    said = second.communicate()
+    assert second.returncode == 0, said
+    record = store.meta(run)
+    assert record["resumed_at"] >= 60
+    print("seconds measured", record["seconds"], "predicted", predicted)
+    assert abs(record["seconds"] / predicted - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(gpus=-1), "gpus is -1"),
+        (dict(gpus=1.5), "gpus is 1.5; allowed: numbers from 0 to 1, or whole ones"),
+        (dict(gpus="half"), "gpus is 'half'"),
+        (dict(address=3), "address is 3"),
+        (dict(save_every="soon"), "save_every is 'soon'"),
+    ],
+)
+def test_ray_refuses(given, says):
+    with pytest.raises(BadInput, match=says):
+        sweep.Ray(**given)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    "A head that trains nothing, and two nodes with a core each."
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    made = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False))
+    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(made.address, log_to_driver=False)
+    yield made, nodes
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_runs_of_a_node_that_is_killed_go_on_elsewhere_bit_by_bit(cluster, tmp_path):
+    import threading
+
+    made, nodes = cluster
+    long = dict(scale="smoke", prior="L", seed=[0, 1]) | {"recipe.steps": 3000}
+    plan = sweep.grid_plan("pretraining", long)
+    wanted = [run for _, run in plan]
+    store, killed = Store(tmp_path / "runs"), []
+
+    def kill():
+        while not all(sweep._step(store, run) for run in wanted):
+            time.sleep(0.05)
+        killed.extend(run for run in wanted if not store.finished(run))
+        made.remove_node(nodes[1], allow_graceful=False)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    table = sweep.sweep(store, "pretraining", long, engine=sweep.Ray(save_every=0.5))
+    killer.join(1)
+    assert len(killed) == 2 and sum(bool(store.meta(run)["resumed_at"]) for run in wanted) == 1
+    alone = Store(tmp_path / "alone")
+    assert sweep.sweep(alone, "pretraining", long, workers=1).equals(table)
+    for run in wanted:
+        assert contents(store, run) == contents(alone, run)
+    assert not list(store.root.glob(".*")) and not list((store.root / "partial").iterdir())
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine_trains_chains_and_says_what_failed(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    grid = dict(scale="smoke", prior="L", re_rate=["M", "S"])
+    table = sweep.sweep(Store(tmp_path / "ray"), "reft", grid, workers=2, engine=sweep.Ray())
+    assert sweep.sweep(Store(tmp_path / "local"), "reft", grid, workers=1).equals(table)
+    wild = {"scale": "smoke", "recipe.lr": 1e30, "recipe.clip": 1e30, "recipe.muon": 0.0}
+    with pytest.raises(ArithmeticError, match="pretraining, prior L, seed 0"):
+        sweep.sweep(Store(tmp_path / "wild"), "pretraining", wild, workers=1, engine=sweep.Ray())
+    with pytest.raises(BadInput, match=r"gpus is 0\.0; allowed: above 0"):
+        sweep.Ray()(Store(tmp_path / "gpu"), [], "cuda", 1, None)
+    with pytest.raises(BadInput, match="address is"):
+        sweep.Ray("127.0.0.1:1")(Store(tmp_path / "none"), [], "cpu", 1, None)
