@@ -5,7 +5,8 @@ SCALE ?= desk
 SEEDS ?= 1
 TASK ?= count
 DEVICE ?= auto
-DATA ?= tales
+# of the stories: tales, hub, or a folder with TinyStories-Instruct; nothing: tales, where the scale has them
+DATA ?=
 OUT ?= outputs
 WORKERS ?= 0
 # of paper: ENGINE=ray [ADDRESS=head:6379] [GPUS=0.25], FAIL_FAST=1
@@ -60,12 +61,13 @@ tracr tracr_readings: $(READY)
 	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
 
 # Every experiment; what would be done; what it would cost.
-paper status: $(READY) $(if $(filter ray,$(ENGINE)),$(CLUSTER))
-	@$(BIN)/python -m wrapperlib.sweep $@ --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --out '$(OUT)' --workers '$(WORKERS)' \
+paper status plan: $(TOKENS)
+paper status: $(if $(filter ray,$(ENGINE)),$(CLUSTER))
+	@$(BIN)/python -m wrapperlib.sweep $@ --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)' --workers '$(WORKERS)' \
 	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
 
-plan: $(READY)
-	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)'
+plan:
+	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)'
 
 # The experiment on stories has a tokeniser of its own, and DATA: tales, hub, or a folder with TinyStories-Instruct.
 $(TOKENS): $(READY)
@@ -73,7 +75,7 @@ $(TOKENS): $(READY)
 	@touch $@
 
 stories: $(TOKENS)
-	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p data '$(DATA)' -p judge '$(if $(filter tales,$(DATA)),exact,learned)' -p out '$(OUT)')
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p seeds '$(SEEDS)' -p device '$(DEVICE)' -p data '$(or $(DATA),tales)' -p judge '$(if $(filter tales,$(or $(DATA),tales)),exact,learned)' -p out '$(OUT)')
 
 # One page of all results in $(OUT).
 verdicts: $(READY)

@@ -91,6 +91,7 @@ def test_the_papers_shape_has_91_million_parameters():
 
 
 def test_the_last_position_alone_and_piece_by_piece_come_to_the_same(model, ids):
+    model.double()  # with these weights a float's last digits grow to the fourth
     whole = model(ids)
     torch.testing.assert_close(model(ids, last=True), whole[:, -1])
     for cuts in ([1] * 90, [70, 1, 1, 18], [40, 30, 20]):

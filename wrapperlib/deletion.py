@@ -27,7 +27,7 @@ from .analysis import look_at_all
 from .checks import Rule, check, one_of, some_of, whole, writable
 from .llama import Llama, LlamaShape, generate
 from .model import read
-from .runs import Run, Store, source_digests
+from .runs import Run, Store, source_digests, write_whole
 from wrapperlib.stories import (
     FEATURES,
     TWIST,
@@ -228,7 +228,7 @@ def corpus(
         source, _ = given["train"]
         folder.mkdir(parents=True, exist_ok=True)
         some = (r.text for r in itertools.islice(source(Counter()), 100_000))
-        train_tokenizer(some, size.vocabulary).save(str(path))
+        write_whole(path, train_tokenizer(some, size.vocabulary).to_str())
     tokenizer = load_tokenizer(path)
     wanted = [("train", v) for v in VARIANTS] + [("test", v) for v in _HELD_OUT]
     shards = {(split, v): write_shards(folder / split / v, *given[split], tokenizer, v) for split, v in wanted}
