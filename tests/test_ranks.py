@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import REPO
 from wrapperlib import sweep
+from wrapperlib.checks import BadInput
 from wrapperlib.protocols import SCALES, pretraining
 from wrapperlib.runs import Store, train_all, train_run
 from wrapperlib.training import log_spaced
@@ -98,8 +99,7 @@ def test_an_experiments_runs_are_trained_together_and_its_notebook_finds_them(tm
     assert done.stdout.count(f"{len(experiment.runs)} runs: 0 reused") == 1  # one process speaks
 
 
-def test_together_is_refused_without_torchrun(tmp_path, capsys, monkeypatch):
+def test_together_is_refused_without_torchrun(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    out = str(tmp_path / "out")
-    assert sweep.main(["train", "exp_randft", "--scale", "smoke", "--device", "cpu", "--out", out]) == 2
-    assert "engine is 'together'; allowed: local, or start it by torchrun" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="engine is 'together'; allowed: local, or start it by torchrun"):
+        train_all(Store(tmp_path), [run()], quiet=True, engine=sweep.together)

@@ -195,7 +195,7 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["grid"], "file is None"),
         (["status", "mine.yaml"], "file is 'mine.yaml'"),
         (["train"], "file is None"),
-        (["train", "exp_none"], "experiment is 'exp_none'"),
+        (["train", "exp_revival"], "train is 'started alone'; allowed: started by torchrun"),
         (["grid", "none.yaml"], "file is 'none.yaml'"),
     ):
         assert sweep.main(arguments) == 2
