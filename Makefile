@@ -102,6 +102,8 @@ bench_tracr: $(COMPILER)
 
 bench_sweep: $(CLUSTER)
 
+bench_stories: $(TOKENS)
+
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
 
