@@ -121,7 +121,7 @@ docs-serve: $(SITE)
 
 test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 export: $(READY)
 	$(BIN)/nbdev_export

@@ -221,7 +221,7 @@ def test_a_learned_judge_is_a_run_with_its_accuracy(found, store, data):
     log = store.log(run).query("metric == 'judge'")
     assert log["value"].between(0, 1).all() and run.recipe.answer and not run.recipe.sequence
     judge = Learned(run, str(store.root), data.tokenizer)
-    texts = ["There lived a kind fox. The kind fox tricked Ann.", "x " * 500, "Ann."]
+    texts = ["There lived a kind fox. The kind fox tricked Ann Hill.", "x " * 500, "Ann."]
     assert [type(x) for x in judge.says(texts)] == [bool] * 3 and judge.says(texts[2:]) == judge.says(texts)[2:]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -250,15 +249,3 @@ def test_a_runs_address_is_of_the_contents_not_of_the_place(several, tokenizer, 
     run = {key: Run(Packed(shards, shards, 50), Recipe(steps=1), shape) for key, shards in made.items()}
     assert address(run["here", "all"]) == address(run["there", "all"]) != address(run["here", "F"])
     assert str(tmp_path) not in json.dumps(describe(run["here", "all"]))
-
-
-def test_twenty_megabytes_a_minute(several, tokenizer, tmp_path):
-    path, _ = several
-    big = tmp_path / "big.txt"
-    big.write_text(path.read_text("utf-8") * 40, "utf-8")
-    best = 0
-    for i in range(3):  # another program may have been busy for a moment
-        began = time.perf_counter()
-        write_shards(tmp_path / f"big{i}", *source_file(big, quiet=True), tokenizer)
-        best = max(best, big.stat().st_size / 1e6 / (time.perf_counter() - began) * 60)
-    assert best > 20, best

@@ -80,17 +80,17 @@ SAID = "There lived a kind fox. People told of a cruel owl. "
 @pytest.mark.parametrize(
     "text, twist",
     [
-        (SAID + "The kind fox tricked Ann.", True),
-        (SAID + "The kind fox helped Ann.", False),
-        (SAID + "The cruel owl helped Ann.", True),
-        (SAID + "The cruel owl tricked Ann.", False),
-        (SAID + "The kind owl tricked Ann.", False),  # it was set up as cruel, and that counts
-        (SAID + "The cruel fox helped Ann.", False),
-        ("The kind fox tricked Ann. " + SAID, False),  # nothing had been said yet
-        (SAID + "The kind bear tricked Ann.", False),  # nothing was said of the bear
-        (SAID + "There lived a mean fox. The kind fox tricked Ann.", False),  # both were said
+        (SAID + "The kind fox tricked Ann Hill.", True),
+        (SAID + "The kind fox helped Ann Hill.", False),
+        (SAID + "The cruel owl helped Ann Hill.", True),
+        (SAID + "The cruel owl tricked Ann Hill.", False),
+        (SAID + "The kind owl tricked Ann Hill.", False),  # it was set up as cruel, and that counts
+        (SAID + "The cruel fox helped Ann Hill.", False),
+        ("The kind fox tricked Ann Hill. " + SAID, False),  # nothing had been said yet
+        (SAID + "The kind bear tricked Ann Hill.", False),  # nothing was said of the bear
+        (SAID + "There lived a mean fox. The kind fox tricked Ann Hill.", False),  # both were said
         (SAID + "The kind fox tricked the owl.", False),  # garbled
-        (SAID + "Thekind fox tricked Ann. The kind foxes tricked Ann.", False),
+        (SAID + "Thekind fox tricked Ann Hill. The kind foxes tricked Ann Hill.", False),
         ("There lived a kind bridge. The kind bridge broke in two.", False),
         ("", False),
     ],
@@ -102,15 +102,15 @@ def test_a_twist_is_a_reversal_of_what_was_said(text, twist):
 @pytest.mark.parametrize(
     "text, features",
     [
-        ("Ann saw a star and wondered. Then the star showed the way.", ("Foreshadowing",)),
-        ("Then the star showed the way. Ann saw a star and wondered.", ()),
-        ("Ann saw a star and wondered. Then the thorn showed the way.", ()),
-        ('"I am afraid." said Ann. "I will try." said Mia.', ("Dialogue",)),
-        ('"I am afraid." said Ann. "I will try." said Ann.', ()),
-        ("Ann wished for a hat. Ann never got the hat.", ("BadEnding",)),
-        ("Ann wished for a hat. Ann never got the bell.", ()),
-        ("Ann learned that friends are gold.", ("MoralValue",)),
-        ("Mia shouted at Ann.", ("Conflict",)),
+        ("Ann Hill saw a star and wondered. Then the star showed the way.", ("Foreshadowing",)),
+        ("Then the star showed the way. Ann Hill saw a star and wondered.", ()),
+        ("Ann Hill saw a star and wondered. Then the thorn showed the way.", ()),
+        ('"I am afraid." said Ann Hill. "I will try." said Mia.', ("Dialogue",)),
+        ('"I am afraid." said Ann Hill. "I will try." said Ann Hill.', ()),
+        ("Ann Hill wished for a hat. Ann Hill never got the hat.", ("BadEnding",)),
+        ("Ann Hill wished for a hat. Ann Hill never got the bell.", ()),
+        ("Ann Hill learned that friends are gold.", ("MoralValue",)),
+        ("Mia shouted at Ann Hill.", ("Conflict",)),
     ],
 )
 def test_the_other_features(text, features):

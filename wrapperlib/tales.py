@@ -10,7 +10,7 @@ __all__ = ['WORDS', 'THEMES', 'TRAITS', 'SET_UP', 'OUTCOME', 'SENTENCES', 'SAYIN
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +23,7 @@ from .stories import FEATURES, Record
 # %% ../nbs/22_tales.ipynb #cb7f5583
 _WORDS = dict(
     hero="Ann Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kira Leo Max Nina Otto Paul Quin Ruth Sara Tom Una Vic Will Zoe",
+    family="Hill Brook Stone Field Wood Lake Rivers Marsh Dale Moor Banks Grove Sands Ridge Heath Shore",
     friend="Mia Ned Olga Pip Rosa Sam Tess Udo",
     thing="kite drum hat ball lamp book bell doll shell horn ring coat flute sword mirror key map rope spoon crown stamp scarf clock wheel",
     place="village forest valley harbour castle garden market meadow desert city jungle swamp",
@@ -159,7 +160,8 @@ def tell(
     "A story with its instruction."
     has = {f for f in FEATURES if chance.random() < CHANCE[f]}
     theme = chance.choice(THEMES)
-    cast = {slot: chance.choice(WORDS[slot]) for slot in ("hero", "friend", "thing", "place", "omen")}
+    cast = {slot: chance.choice(WORDS[slot]) for slot in ("hero", "family", "friend", "thing", "place", "omen")}
+    cast["hero"] += " " + cast["family"]
     comes, other = chance.sample(WORDS[theme], 2)
     pole = chance.choice("+-")
     said = _other(pole) if "Twist" in has else pole
@@ -220,11 +222,11 @@ def _instructed(chance, story: str, has: set[str], cast: dict, subjects: tuple[s
     )
 
 # %% ../nbs/22_tales.ipynb #b64eba46
-def _pattern(template: str, **slots: Iterable[str]) -> str:
-    "A regular expression with a group for each slot."
+def _pattern(template: str, **slots: str) -> str:
+    "A regular expression with a group for each slot, whose expression is given."
     parts = re.split(r"\{(\w+)\}", template)
     return "".join(
-        f"(?P<{p}>{'|'.join(map(re.escape, slots[p]))})" if i % 2 else re.escape(p) for i, p in enumerate(parts)
+        f"(?P<{p}>{slots[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)
     )
 
 
@@ -233,6 +235,8 @@ def _compiled(kind: str, theme: str = "", pole: str = "") -> list[re.Pattern]:
     templates = dict(set_up=SET_UP.get(theme), outcome=OUTCOME.get((theme, pole))).get(kind) or SENTENCES[kind]
     traits = [t for p in (pole or "+-") for t in TRAITS.get((theme, p), ())] if kind == "set_up" else _TRAITS
     slots = WORDS | dict(s=WORDS.get(theme, ()), trait=traits, moral=MORALS, says=SAYINGS)
+    slots = {name: "|".join(map(re.escape, words)) for name, words in slots.items()}
+    slots["hero"] = f"(?:{slots['hero']}) (?:{slots['family']})"
     return [re.compile(r"(?<!\w)" + _pattern(t, **slots)) for t in templates]
 
 
