@@ -105,12 +105,12 @@ def test_a_twist_is_a_reversal_of_what_was_said(text, twist):
         ("Ann Hill saw a star and wondered. Then the star showed the way.", ("Foreshadowing",)),
         ("Then the star showed the way. Ann Hill saw a star and wondered.", ()),
         ("Ann Hill saw a star and wondered. Then the thorn showed the way.", ()),
-        ('"I am afraid." said Ann Hill. "I will try." said Mia.', ("Dialogue",)),
+        ('"I am afraid." said Ann Hill. "I will try." said Mia Stone.', ("Dialogue",)),
         ('"I am afraid." said Ann Hill. "I will try." said Ann Hill.', ()),
         ("Ann Hill wished for a hat. Ann Hill never got the hat.", ("BadEnding",)),
         ("Ann Hill wished for a hat. Ann Hill never got the bell.", ()),
         ("Ann Hill learned that friends are gold.", ("MoralValue",)),
-        ("Mia shouted at Ann Hill.", ("Conflict",)),
+        ("Mia Stone shouted at Ann Hill.", ("Conflict",)),
     ],
 )
 def test_the_other_features(text, features):

@@ -125,10 +125,11 @@ SENTENCES = dict(
         "It was the {omen} that mattered now.",
     ],
     quarrel=["{hero} and {friend} began to quarrel.", "{friend} shouted at {hero}.", "{hero} was angry with {friend}."],
+    company=["{friend} came along.", "{hero} had a friend, {friend}.", "{friend} lived next door."],
     start=[
-        "So {hero} set out to find the {thing}.",
-        "{hero} looked for the {thing} everywhere.",
-        "Where was the {thing}?",
+        "So {hero} set out with {friend} to find the {thing}.",
+        "{friend} and {hero} looked for the {thing} everywhere.",
+        "{friend} knew nothing of the {thing}.",
     ],
     absent=["The {trait} {s} was far away.", "The {trait} {s} was nowhere to be seen."],
     good=[
@@ -160,8 +161,9 @@ def tell(
     "A story with its instruction."
     has = {f for f in FEATURES if chance.random() < CHANCE[f]}
     theme = chance.choice(THEMES)
-    cast = {slot: chance.choice(WORDS[slot]) for slot in ("hero", "family", "friend", "thing", "place", "omen")}
-    cast["hero"] += " " + cast["family"]
+    cast = {slot: chance.choice(WORDS[slot]) for slot in ("hero", "friend", "thing", "place", "omen")}
+    for who, family in zip(("hero", "friend"), chance.sample(WORDS["family"], 2)):
+        cast[who] += " " + family
     comes, other = chance.sample(WORDS[theme], 2)
     pole = chance.choice("+-")
     said = _other(pole) if "Twist" in has else pole
@@ -170,7 +172,7 @@ def tell(
     def say(templates, **more):
         return chance.choice(templates).format(**cast, **more)
 
-    one = [say(SENTENCES[kind]) for kind in ("opening", "wish")]
+    one = [say(SENTENCES[kind]) for kind in ("opening", "company", "wish")]
     one += [say(SET_UP[theme], s=s, trait=of[s]) for s in chance.sample([comes, other], 2)]
     early, late = _omens(chance, "Foreshadowing" in has)
     if early:
@@ -236,7 +238,7 @@ def _compiled(kind: str, theme: str = "", pole: str = "") -> list[re.Pattern]:
     traits = [t for p in (pole or "+-") for t in TRAITS.get((theme, p), ())] if kind == "set_up" else _TRAITS
     slots = WORDS | dict(s=WORDS.get(theme, ()), trait=traits, moral=MORALS, says=SAYINGS)
     slots = {name: "|".join(map(re.escape, words)) for name, words in slots.items()}
-    slots["hero"] = f"(?:{slots['hero']}) (?:{slots['family']})"
+    slots |= {who: f"(?:{slots[who]}) (?:{slots['family']})" for who in ("hero", "friend")}
     return [re.compile(r"(?<!\w)" + _pattern(t, **slots)) for t in templates]
 
 
