@@ -15,6 +15,11 @@ from typing import Any
 
 # %% ../nbs/00_checks.ipynb #796ba9e9
 class _Sentence:
+    def __init__(self, message: str):
+        "One line, its middle left out if it is longer than a path can be."
+        line = message if "\n" not in message else " ".join(message.split())
+        super().__init__(line if len(line) <= 5000 else f"{line[:200]} … {line[-1000:]}")
+
     def _render_traceback_(self) -> list[str]:
         "IPython shows this in place of a traceback: the sentence is all there is to read."
         return [f"{type(self).__name__}: {self}"]
@@ -36,13 +41,7 @@ def check(
 ) -> None:
     "Raise `BadInput` in the house's one form unless `ok`."
     if not ok:
-        raise BadInput(f"{name} is {_in_a_line(value)}; allowed: {allowed}")
-
-
-def _in_a_line(value: Any) -> str:
-    "A value on one line, its middle left out if it is longer than a path can be."
-    text = repr(value) if isinstance(value, str) else " ".join(str(value).split())
-    return text if len(text) <= 5000 else f"{text[:200]} … {text[-200:]}"
+        raise BadInput(f"{name} is {str(value) if not isinstance(value, str) else repr(value)}; allowed: {allowed}")
 
 # %% ../nbs/00_checks.ipynb #efa57c45
 Rule = Callable[[str, Any], Any]
