@@ -272,8 +272,9 @@ class Store:
         return self.root / "partial" / f"{address(run)}.checkpoint"
 
     def finished(self, run: Run) -> bool:
-        "Whether the run is there."
-        return self.path(run).exists()
+        "Whether the run is there. Raises `BadInput` for a link that leads out of the store."
+        path = self.path(run)
+        return (self._own(path) if path.is_symlink() else path).exists()
 
     def verify(
         self,
