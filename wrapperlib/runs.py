@@ -29,7 +29,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +65,9 @@ class Run:
     start: "Run | None" = None  # the run whose weights it starts from
     name: str = field(default="", compare=False)  # shown while it trains
 
+    def __hash__(self):
+        return _hash_of(_Itself(self))
+
     @property
     def lineage(self) -> list["Run"]:
         "The runs it needs, the first first, itself last."
@@ -89,6 +92,11 @@ class _Itself:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+@lru_cache(2**16)  # not kept in the run: another process hashes its words to other numbers
+def _hash_of(it: _Itself) -> int:
+    return hash(tuple(getattr(it.value, f.name) for f in fields(it.value) if f.compare))
 
 
 def describe(
@@ -186,7 +194,25 @@ def address(
 
 @lru_cache(2**16)
 def _config_digest(run: _Itself) -> str:
-    return _digest(json.dumps(describe(run.value), sort_keys=True).encode(), 16)
+    return _digest(_text(run.value).encode(), 16)
+
+
+def _text(value: object) -> str:
+    "What `json.dumps` makes of a description with its keys sorted; parts that runs share are written once."
+    if is_dataclass(value):
+        return (_text_of if value.__dataclass_params__.frozen else _text_of.__wrapped__)(_Itself(value))
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_text, value))}]"
+    return _encode(value)
+
+
+_encode = json.JSONEncoder(sort_keys=True).encode
+
+
+@lru_cache(2**16)
+def _text_of(it: _Itself) -> str:
+    parts = {"is": type(it.value).__name__} | {f.name: getattr(it.value, f.name) for f in fields(it.value) if f.compare}
+    return "{" + ", ".join(f"{_encode(name)}: {_text(parts[name])}" for name in sorted(parts)) + "}"
 
 # %% ../nbs/04_runs.ipynb #ba57a9eb
 def write_whole(
@@ -410,7 +436,7 @@ class Store:
             changed = [s for s, d in sources_of(run).items() if record["sources"].get(s) != d]
             return "source changed: " + ", ".join(changed)
         nearest = None
-        for other in filter(None, map(_record, self.root.glob("*-*/run.json"))):
+        for other in filter(None, map(_record, self._latest())):
             found = _differences(describe(run), other["config"])
             if nearest is None or len(found) < len(nearest):
                 nearest = found
@@ -419,6 +445,16 @@ class Store:
         if nearest is None or len(nearest) > 3:
             return "new"
         return "differs in " + ", ".join(nearest)
+
+
+    def _latest(self) -> list[Path]:
+        "The records of the runs that ended last; looking through more of them would take longer than the reason is worth."
+        with os.scandir(self.root) if self.root.is_dir() else nullcontext(()) as found:
+            there = [(entry.stat().st_mtime, entry.path) for entry in found if entry.name[0] != "."]
+        return [Path(path) / "run.json" for _, path in sorted(there, reverse=True)[:_LOOKED_AT]]
+
+
+_LOOKED_AT = 400
 
 
 def _table(log: list[dict]) -> bytes:
