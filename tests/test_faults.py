@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from tests.conftest import REPO
 from wrapperlib import compiled, faults, pruning, runs, sweep
-from wrapperlib.analysis import Probing, _kept, look_at
+from wrapperlib.analysis import Probing, look_at
 from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.claims import page
 from wrapperlib.compiled import load_weights, weights_to_bytes
@@ -29,7 +29,7 @@ from wrapperlib.grammar import Grammar, Sampler, recognise
 from wrapperlib.protocols import SCALES
 from wrapperlib.runs import Store, check_results, publish, train_all, train_run
 from wrapperlib.tasks import PRIORS, Domain, Natural, decode
-from wrapperlib.training import NotFinite, Progress, Recipe, accuracy, log_spaced, rate, train
+from wrapperlib.training import NotFinite, Recipe, accuracy, log_spaced, rate, train
 
 NOTEBOOKS = [*sorted(REPO.glob("nbs/exp_*.ipynb")), *sorted(REPO.glob("nbs/bench_*.ipynb"))]
 RUN, SMOKE, QUESTION = faults.a_run(3), SCALES["smoke"], Probing(samples=64, literal=0)
@@ -62,30 +62,20 @@ def checkpoint(store, step=2):
 # Files
 
 
-@pytest.mark.parametrize(
-    "what", ["weights.safetensors", "log.csv", "run.json", "checkpoint", "findings", "results.csv"]
-)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return faults.kept_files(tmp_path_factory.mktemp("kept"))
+
+
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_is_named_and_neither_executed_nor_changed(store, tmp_path, what, how):
-    trace = tmp_path / "was executed"
-    if what == "checkpoint":
-        run = checkpoint(store)
-        path, use = store.partial(run), partial(train_run, store, run)
-    elif what == "findings":
-        path, use = _kept(store, QUESTION, SMOKE, RUN, False), partial(look_at, store, QUESTION, SMOKE, RUN)
-    elif what == "results.csv":
-        publish(tmp_path / "results", NUMBERS, {}, {})
-        path, use = tmp_path / "results" / what, partial(check_results, tmp_path / "results")
-    else:
-        path = store.path(RUN) / what
-        use = partial(store.log if what == "log.csv" else store.model, RUN)
-    use() if what != "checkpoint" else None
-    damaged = faults.damages(trace)[how](path.read_bytes())
-    path.write_bytes(damaged)
-    with pytest.raises(BadInput, match=r"file (in the store|of results) is ") as said:
-        use()
-    assert str(path) in str(said.value) and "\n" not in str(said.value)
-    assert path.read_bytes() == damaged and not trace.exists()
+def test_a_damaged_file_is_named_and_neither_executed_nor_changed(files, tmp_path, how):
+    assert len(files) == 9
+    damage = faults.damages(tmp_path / "was executed")[how]
+    for what, (path, use) in files.items():
+        assert faults.refused(path, damage(path.read_bytes()), use, tmp_path / "was executed"), what
+    for what, (_, use) in files.items():
+        if what != "checkpoint":
+            use()
 
 
 def not_finite(data):
@@ -264,53 +254,24 @@ for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: so
     assert len((tmp_path / "away" / "tried").read_text().split()) == 2
 
 
-def test_a_write_that_fails_anywhere_leaves_what_was_there(store, tmp_path):
-    place, run, model = tmp_path / "results", faults.a_run(4), RUN.fresh_model()
-    facts, log = dict(seconds=0, devices=["cpu"]), [dict(step=0, metric="acc_opt", c_te=0.0, value=0.0)]
-    before = faults.contents(store.root)
-    numbers = iter(range(10**6))
-
-    def put():
-        shutil.rmtree(store.path(run), ignore_errors=True)
-        store.put(run, model, log, facts)
-
-    def kept():
-        whole = not store.finished(run) or store.verify(run)
-        return bool(
-            whole and before.items() <= faults.contents(store.root).items() and not faults.leftovers(store.root)
-        )
-
-    def say():
-        publish(place, NUMBERS * next(numbers), {}, {}, [])
-
-    def said():
-        every = [p.parent for p in place.rglob("provenance.json")]
-        try:
-            for folder in every:
-                check_results(folder)
-        except BadInput:
-            return False
-        return not faults.leftovers(place)
-
-    def save_partial():
-        store.save_partial(faults.a_run(5), Progress(2, dict(x=torch.zeros(3)), []), facts)
-
-    say()
-    for work, intact in ((put, kept), (save_partial, lambda: store.checkpoint(faults.a_run(5))[0].step == 2)):
-        if work is save_partial:
-            work()
-        outcomes = faults.fail_everywhere(work, intact)
-        assert all(map(all, outcomes.values())), outcomes
+@pytest.mark.parametrize("error", [faults.NO_SPACE, faults.READ_ONLY, faults.NO_PERMISSION], ids=str)
+def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, error):
+    for what, (work, intact) in faults.ways_of_writing(tmp_path).items():
+        outcomes = faults.fail_everywhere(work, intact, error)
+        assert all(map(all, outcomes.values())), (what, outcomes)
         assert sum(map(len, outcomes.values())) >= 4
-    outcomes = faults.fail_everywhere(say, lambda: True)
-    assert all(map(all, outcomes.values())) and sum(map(len, outcomes.values())) >= 10
-    say()
-    assert said()
-    for step in ("open", "write", "fsync"):  # nothing is moved before everything is on the disk
-        was = (place / "results.csv").read_bytes()
+        work()
+        assert intact()
+    check_results(tmp_path / "results")
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before_where_it_was(tmp_path):
+    publish(tmp_path, NUMBERS, {}, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for step in ("open", "write", "fsync"):
         with pytest.raises(NotWritten), faults.failing(step, faults.NO_SPACE):
-            say()
-        assert (place / "results.csv").read_bytes() == was and said()
+            publish(tmp_path, NUMBERS * 2, {}, {})
+        assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
 
 # Disks
