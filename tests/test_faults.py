@@ -24,7 +24,7 @@ from wrapperlib import compiled, faults, pruning, runs, sweep
 from wrapperlib.analysis import Probing, look_at
 from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.claims import page
-from wrapperlib.compiled import load_weights, weights_to_bytes
+from wrapperlib.compiled import load_weights
 from wrapperlib.grammar import Grammar, Sampler, recognise
 from wrapperlib.protocols import SCALES
 from wrapperlib.runs import Store, check_results, publish, train_all, train_run
@@ -78,17 +78,11 @@ def test_a_damaged_file_is_named_and_neither_executed_nor_changed(files, tmp_pat
             use()
 
 
-def not_finite(data):
-    tensors = load(data)
-    tensors["head.weight"][1, 1] = float("nan")
-    return save(tensors)
-
-
 @pytest.mark.parametrize("how", ["a pickle", "announcing terabytes", "not finite", "of another shape", "another's"])
 def test_weights_whose_record_was_forged_to_fit_are_refused_all_the_same(store, tmp_path, how):
     trace, data = tmp_path / "was executed", (store.path(RUN) / "weights.safetensors").read_bytes()
     forged = {
-        "not finite": not_finite,
+        "not finite": faults.with_nan,
         "of another shape": lambda data: save({k: x[:-1].clone() for k, x in load(data).items()}),
         "another's": lambda data: compiled.SHIPPED["max"].read_bytes(),
     }
@@ -112,39 +106,26 @@ def test_a_file_without_an_end_takes_no_memory(store):
         store.meta(RUN)
 
 
-def hostile(changes):
-    "A compiled program's file with other labels or shapes; the zeros of a shape take no room in it."
-    weights = load_weights("max")
-    data = weights_to_bytes(weights)
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    about = {k: json.loads(v) for k, v in header["__metadata__"].items()}
-    changes(about)
-    header["__metadata__"] = {k: v if k == "brackets" else json.dumps(v) for k, v in about.items()}
-    header = json.dumps(header).encode()
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        lambda about: about["shapes"].update({"blocks.0.up.weight": [2**15, 2**17]}),  # 16 GiB of zeros
-        lambda about: about["shapes"].update({"blocks.0.up.weight": [2**30, 2**30]}),
-        lambda about: about["shapes"].update({"blocks.0.up.weight": [-1, 4]}),
-        lambda about: about["shapes"].update({"blocks.0.up.weight": "large"}),
-        lambda about: about["shapes"].update({f"blocks.{10**9}.up.weight": [0]}),
-        lambda about: about.update(length=2**40),
-        lambda about: about.update(shapes=[1, 2]),
-        lambda about: about.update(tokens=7),
-        lambda about: about.update(residual=about["residual"][:-1]),
-        lambda about: about.update(brackets="[" * 100_000),
+        dict(shapes={"blocks.0.up.weight": [2**15, 2**17]}),  # 16 GiB of zeros
+        dict(shapes={"blocks.0.up.weight": [2**30, 2**30]}),
+        dict(shapes={"blocks.0.up.weight": [-1, 4]}),
+        dict(shapes={"blocks.0.up.weight": "large"}),
+        dict(shapes={f"blocks.{10**9}.up.weight": [0]}),
+        dict(shapes=[1, 2]),
+        dict(length=2**40),
+        dict(tokens=7),
+        dict(residual=["one"]),
     ],
+    ids=str,
 )
 def test_a_program_that_announces_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path, changes):
     path = tmp_path / "program.safetensors"
-    path.write_bytes(hostile(lambda about: None))
+    path.write_bytes(faults.program_announcing())
     assert load_weights(path).about == load_weights("max").about
-    path.write_bytes(hostile(changes))
+    path.write_bytes(faults.program_announcing(**changes))
     with pytest.raises(BadInput, match="weight file is"):
         load_weights(path)
     assert faults.apart(faults.memory_of, partial(load_weights, path)) < 2**26
@@ -216,6 +197,36 @@ def test_results_edited_by_hand_are_named(tmp_path):
 
 
 # Kills and errors in the middle of a write
+
+
+def careless(folder):
+    "A work that is not as the library's: it writes in place, and begins again where it was by adding to what is there."
+    (folder / "mine").mkdir(parents=True, exist_ok=True)
+    with open(folder / "mine" / "results.csv", "a") as file:
+        for k in range(20):
+            file.write(f"{k}\n")
+            file.flush()
+            time.sleep(0.02)
+
+
+def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
+    found = faults.kill_often(careless, tmp_path / "kills", moments=2)
+    assert found["kills"] == 2 and found["survived"] == 0
+    file = tmp_path / "mine.csv"
+
+    def write_in_place():
+        try:
+            with open(file, "w") as opened:
+                opened.write("new and long")
+        except OSError as e:
+            raise NotWritten(e.strerror) from None
+
+    file.write_text("old")
+    outcomes = faults.fail_everywhere(write_in_place, lambda: file.read_text() in ("old", "new and long"))
+    assert outcomes["write"] == [False]
+    path = trained.path(RUN) / "run.json"
+    assert not faults.refused(path, path.read_bytes(), partial(trained.verify, RUN), tmp_path / "trace")
+    assert not faults.is_a_sentence("something is wrong", "scale")
 
 
 @pytest.mark.parametrize(
