@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make bench | make docs | make docs-serve | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make bench | make faults | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -14,6 +14,9 @@ ENGINE ?= local
 ADDRESS ?=
 GPUS ?= 0
 FAIL_FAST ?=
+# of faults: MOMENTS=3 kills less, AUDIT=1 asks pip-audit
+MOMENTS ?= 50
+AUDIT ?= 0
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -22,6 +25,7 @@ COMPILER := .venv/.compiler
 SITE := .venv/.site
 CLUSTER := .venv/.cluster
 TOKENS := .venv/.tokens
+AUDITOR := .venv/.auditor
 # the installed torch: 2.13.0 first and alone, so that nothing else decides which build comes
 TORCH := torch==2.13.0
 
@@ -29,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test bench docs docs-serve export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test bench faults docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -106,6 +110,14 @@ bench_stories: $(TOKENS)
 
 $(BENCHES): $(PEERS)
 	$(call run,$@,$(OUT)/$@,-p out '$(OUT)')
+
+# What breaks on purpose. Only the audit needs pip-audit, and the network.
+$(AUDITOR): $(READY)
+	$(BIN)/pip install --quiet 'pip-audit>=2.7,<3'
+	@touch $@
+
+faults: $(READY) $(if $(filter 1,$(AUDIT)),$(AUDITOR))
+	$(call run,$@,$(OUT)/$@,-p moments '$(MOMENTS)' -p audit '$(AUDIT)' -p out '$(OUT)')
 
 # Only the site needs what builds it. Its tests also look at it in Chromium, if there is one (Debian: apt-get install chromium).
 $(SITE): $(READY)

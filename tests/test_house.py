@@ -18,7 +18,7 @@ from wrapperlib.claims import as_markdown, in_short, page
 
 NOTEBOOKS = sorted(REPO.glob("nbs/*.ipynb"))
 LIBRARY = [p for p in NOTEBOOKS if p.name[0].isdigit()]
-EXPERIMENTS = [p for p in NOTEBOOKS if p.name.startswith(("exp_", "bench_"))]
+EXPERIMENTS = [p for p in NOTEBOOKS if p.name.startswith(("exp_", "bench_", "faults"))]
 
 
 def tool(name):

@@ -97,7 +97,7 @@ def test_status_knows_with_what_results_were_made(tmp_path):
     place = tmp_path / experiment.folder
     place.mkdir(parents=True)
     about = dict(parameters=json.loads(json.dumps(vars(experiment.checked), default=str)))
-    about["sources"] = dict(sweep.source_digests())
+    about |= dict(sources=dict(sweep.source_digests()), files={})
 
     def said():
         (place / "provenance.json").write_text(json.dumps(about))

@@ -8,6 +8,7 @@ __all__ = ['MOST', 'FEW', 'some_rows', 'Pruning', 'Probing', 'look_at', 'look_at
 
 # %% ../nbs/16_analysis.ipynb #659c7a1a
 import hashlib
+import io
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import pandas as pd
 import torch
 
 from . import probing, pruning
-from .checks import BadInput, Rule, check, whole
+from .checks import BadInput, Rule, whole
 from .model import GPT
 from .protocols import O_FT, O_PT, SCALES, Scale, measure
-from .runs import Line, Run, Store, address, cores, describe, source_digests, sources_of, write_whole
+from .runs import Line, Run, Store, address, cores, describe, read_sealed, seal, source_digests, sources_of, write_whole
 from .tasks import Edited, one_task
 from .training import accuracy
 
@@ -115,7 +116,7 @@ def _sources(question) -> dict[str, str]:
 def _kept(store: Store, question, scale: Scale, run: Run, untrained: bool) -> Path:
     "Where what was found lies or will lie."
     asked = json.dumps([address(run), untrained, describe(question), scale.samples, _sources(question)])
-    return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.csv"
+    return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.findings"
 
 
 def look_at(
@@ -136,15 +137,12 @@ def look_at(
             found = question.of(model.to(device), scale, run.seed)
         finally:
             torch.set_num_threads(before)
-        write_whole(path, found.to_csv(index=False))
+        write_whole(path, seal(found.to_csv(index=False).encode()))
     try:
-        table = pd.read_csv(path)
-        check(
-            {"metric", "value"} <= set(table), "file in the store", path, "a table of findings; remove it to ask again"
-        )
-        return table
-    except (ValueError, UnicodeDecodeError) as e:
-        raise BadInput(f"file in the store is {path}; allowed: a table of findings; remove it to ask again") from e
+        return pd.read_csv(io.BytesIO(read_sealed(path)))
+    except (ValueError, OSError):
+        allowed = "a table of findings as it was written; remove it to ask again"
+        raise BadInput(f"file in the store is {path}; allowed: {allowed}") from None
 
 
 def look_at_all(

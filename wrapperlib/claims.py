@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .runs import write_whole
+from .runs import check_results, write_whole
 
 # %% ../nbs/11_claims.ipynb #4dc40c58
 @dataclass(frozen=True)
@@ -520,11 +520,12 @@ def in_short(
 def page(
     out: str | Path,  # folder of results, such as outputs
 ) -> str:
-    "The verdicts of all results in the folder as a Markdown page; scale smoke, which means nothing, is left out."
+    "The verdicts of all results in the folder as a Markdown page; scale smoke, which means nothing, is left out. Raises `BadInput` for results that were edited."
     parts = ["# Verdicts", _ABOUT]
     for path in sorted(Path(out).glob("exp_*/*/claims.json")):
         name, scale = path.parts[-3:-1]
         if not scale.startswith("smoke"):
+            check_results(path.parent)
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))

@@ -166,12 +166,44 @@ def load_weights(
 
 def _bytes_of(program: str | Path) -> bytes:
     path = SHIPPED[program] if program in SHIPPED else Path(program)
+    allowed = f"{', '.join(SHIPPED)}, or a file that can be read, of up to {_LARGEST >> 20} MiB"
     try:
+        ok = path.is_file() and path.stat().st_size <= _LARGEST  # what is no file, as /dev/zero, may never end
+        check(ok, "program", str(program), allowed)
         return path.read_bytes()
     except OSError:
-        raise BadInput(
-            f"program is {str(program)!r}; allowed: {', '.join(SHIPPED)}, or a file that can be read"
-        ) from None
+        raise BadInput(f"program is {str(program)!r}; allowed: {allowed}") from None
+
+
+_LARGEST = 2**28  # bytes of a file; those shipped have some twenty thousand
+_DENSE = 256  # weights that a byte of a file may stand for; it is up to 12 in those shipped
+
+
+def _check_announced(shapes: dict, about: dict, size: int, program: str | Path) -> None:
+    "Before any memory is taken for them: whether a file's shapes are those of a program with its labels, and no more than it can hold."
+    allowed = "the matrices of a compiled program, as save_weights writes them"
+    ok = isinstance(shapes, dict) and all(
+        isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape) for shape in shapes.values()
+    )
+    check(ok, "weight file", f"{program} with shapes that are none", allowed)
+    entries = sum(map(math.prod, shapes.values()))
+    check(entries <= _DENSE * size, "weight file", f"{program} announcing {entries:,} weights in {size:,} bytes", allowed)
+    blocks = max(len(shapes) - 2, 0) // 12
+    layers = ("attention.query", "attention.key", "attention.value", "attention.out", "up", "down")
+    names = {f"blocks.{i}.{layer}.{kind}" for i in range(blocks) for layer in layers for kind in ("weight", "bias")}
+    same = blocks and names | {"token.weight", "position.weight"} == set(shapes)
+    check(same, "weight file", f"{program} with {len(shapes)} matrices of other names", allowed)
+    lists = all(isinstance(about[key], list) for key in ("residual", "tokens", "answers", "channels"))
+    check(lists and isinstance(about["length"], int), "weight file", f"{program} with labels that are none", allowed)
+    ends = {"token.weight": len(about["tokens"]), "position.weight": about["length"] + 1}
+    for name, rows in ends.items():
+        width = len(about["residual"])
+        check(
+            shapes[name] == [rows, width],
+            "weight file",
+            f"{program} with {name} of shape {shapes[name]} and {width} labels",
+            f"as many labels as channels: shape {[rows, width]}",
+        )
 
 
 def _parse(data: bytes, program: str | Path) -> Weights:
@@ -180,21 +212,19 @@ def _parse(data: bytes, program: str | Path) -> Weights:
         tensors = from_bytes(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         about = {key: json.loads(value) for key, value in header.items()}
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, RecursionError):
         raise BadInput(f"weight file is {str(program)!r}; allowed: {allowed}") from None
     missing = [key for key in _ABOUT if key not in about]
     check(not missing, "weight file", f"{program} without {', '.join(missing)}", allowed + ", with its labels")
-    found = {}
+    found, shapes = {}, about.pop("shapes")
+    _check_announced(shapes, about, len(data), program)
     try:
-        for name, shape in about.pop("shapes").items():
+        for name, shape in shapes.items():
             x = torch.zeros(math.prod(shape))
             x[tensors[f"{name}.where"].long()] = tensors[f"{name}.value"]
             found[name] = x.view(shape)
     except (KeyError, IndexError, RuntimeError):
         raise BadInput(f"weight file is {str(program)!r}; allowed: {allowed}") from None
-    width = len(about["residual"])
-    fits = all(found[name].shape[-1] == width for name in ("token.weight", "position.weight"))
-    check(fits, "weight file", f"{program} with {width} labels", f"as many labels as channels in {allowed}")
     return Weights(found, about)
 
 

@@ -62,6 +62,7 @@ def scores(
 ) -> Units:
     "Signed θ·∂loss/∂θ of each unit, in nats: one forward and one backward pass over the samples. Algorithm 3."
     _unit("unit", unit)
+    check(len(ids), "ids", tuple(ids.shape), "at least one sample")
     both = _with_biases(model)
     biases = {name: bias for name, (_, bias) in both.items() if unit == "row" and bias is not None}
     owned, gradients = [*(weight for weight, _ in both.values()), *biases.values()], None
@@ -148,6 +149,7 @@ def row_means(
     batch: int = 256,  # samples at once
 ) -> Units:
     "The mean output of each row over samples and positions, bias included: shape (rows,) for each matrix."
+    check(len(prompts), "prompts", tuple(prompts.shape), "at least one sample")
     sums = {}
 
     def add(name, out):

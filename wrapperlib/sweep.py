@@ -218,9 +218,13 @@ def _made_with(folder: Path, experiment: Experiment) -> str:
         theirs, sources = about["parameters"], about["sources"]
     except FileNotFoundError:
         return "none"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unreadable"
     ours = json.loads(json.dumps(vars(experiment.checked), default=str))
+    try:
+        runs.check_results(folder)
+    except BadInput as e:
+        return f"not as written ({e})"
     changed = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k not in _DECIDES_NOTHING and theirs.get(k) != v]
     stale = [name for name, digest in source_digests().items() if sources.get(name) != digest]
     found = [f"made with {', '.join(changed)}"] * bool(changed) + [f"source changed: {', '.join(stale)}"] * bool(stale)
@@ -570,9 +574,9 @@ def _step(store: Store, run: Run) -> int:
     "Where an unfinished run stands, by the second line of its checkpoint."
     try:
         with open(store.partial(run), "rb") as file:
-            file.readline()
-            return json.loads(file.readline())["step"]
-    except (OSError, ValueError, KeyError):
+            file.readline(100)
+            return json.loads(file.readline(2**26))["step"]  # a damaged file may be one endless line
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 

@@ -1,0 +1,550 @@
+"The promises, broken on purpose: a seeded sample of what `make faults` does."
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from tests.conftest import REPO
+from wrapperlib import compiled, faults, pruning, runs, sweep
+from wrapperlib.analysis import Probing, look_at
+from wrapperlib.checks import BadInput, NotWritten
+from wrapperlib.claims import page
+from wrapperlib.compiled import load_weights
+from wrapperlib.grammar import Grammar, Sampler, recognise
+from wrapperlib.protocols import SCALES
+from wrapperlib.runs import Store, check_results, publish, train_all, train_run
+from wrapperlib.tasks import PRIORS, Domain, Natural, decode
+from wrapperlib.training import NotFinite, Recipe, accuracy, log_spaced, rate, train
+
+NOTEBOOKS = [*sorted(REPO.glob("nbs/exp_*.ipynb")), *sorted(REPO.glob("nbs/bench_*.ipynb"))]
+RUN, SMOKE, QUESTION = faults.a_run(3), SCALES["smoke"], Probing(samples=64, literal=0)
+DAMAGES = [*faults.damages(Path("/nowhere"))]
+NUMBERS = pd.DataFrame(dict(value=[1.0, 2.0]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("trained") / "runs")
+    train_run(store, RUN)
+    look_at(store, QUESTION, SMOKE, RUN)
+    return store
+
+
+@pytest.fixture
+def store(trained, tmp_path):
+    shutil.copytree(trained.root, tmp_path / "runs")
+    return Store(tmp_path / "runs")
+
+
+def checkpoint(store, step=2):
+    "A run that stands at this step."
+    run, kept = faults.a_run(4), []
+    train(run.fresh_model(), run.stream, run.recipe, save=kept.append, save_every=0)
+    store.save_partial(run, kept[step - 1], dict(seconds=0, devices=["cpu"]))
+    return run
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return faults.kept_files(tmp_path_factory.mktemp("kept"))
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_named_and_neither_executed_nor_changed(files, tmp_path, how):
+    assert len(files) == 9
+    damage = faults.damages(tmp_path / "was executed")[how]
+    for what, (path, use) in files.items():
+        assert faults.refused(path, damage(path.read_bytes()), use, tmp_path / "was executed"), what
+    for what, (_, use) in files.items():
+        if what != "checkpoint":
+            use()
+
+
+@pytest.mark.parametrize("how", ["a pickle", "announcing terabytes", "not finite", "of another shape", "another's"])
+def test_weights_whose_record_was_forged_to_fit_are_refused_all_the_same(store, tmp_path, how):
+    trace, data = tmp_path / "was executed", (store.path(RUN) / "weights.safetensors").read_bytes()
+    forged = {
+        "not finite": faults.with_nan,
+        "of another shape": lambda data: save({k: x[:-1].clone() for k, x in load(data).items()}),
+        "another's": lambda data: compiled.SHIPPED["max"].read_bytes(),
+    }
+    path = faults.forge(store, RUN, (faults.damages(trace) | forged)[how](data))
+    with pytest.raises(BadInput, match="file in the store is ") as said:
+        store.model(RUN)
+    assert str(path) in str(said.value) and not trace.exists()
+    assert faults.apart(faults.memory_of, partial(store.model, RUN)) < 2**26
+
+
+def test_a_file_without_an_end_takes_no_memory(store):
+    path = store.path(RUN) / "weights.safetensors"
+    os.truncate(path, 2**28)  # of holes
+    assert faults.apart(faults.memory_of, partial(store.model, RUN)) < 2**26
+    os.truncate(path, 2**40)
+    run = checkpoint(store)
+    os.truncate(store.partial(run), 2**28)
+    assert faults.apart(faults.memory_of, partial(store.checkpoint, run)) < 2**26
+    os.truncate(store.path(RUN) / "run.json", 2**40)
+    with pytest.raises(BadInput, match=r"run\.json"):
+        store.meta(RUN)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(shapes={"blocks.0.up.weight": [2**15, 2**17]}),  # 16 GiB of zeros
+        dict(shapes={"blocks.0.up.weight": [2**30, 2**30]}),
+        dict(shapes={"blocks.0.up.weight": [-1, 4]}),
+        dict(shapes={"blocks.0.up.weight": "large"}),
+        dict(shapes={f"blocks.{10**9}.up.weight": [0]}),
+        dict(shapes=[1, 2]),
+        dict(length=2**40),
+        dict(tokens=7),
+        dict(residual=["one"]),
+    ],
+    ids=str,
+)
+def test_a_program_that_announces_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path, changes):
+    path = tmp_path / "program.safetensors"
+    path.write_bytes(faults.program_announcing())
+    assert load_weights(path).about == load_weights("max").about
+    path.write_bytes(faults.program_announcing(**changes))
+    with pytest.raises(BadInput, match="weight file is"):
+        load_weights(path)
+    assert faults.apart(faults.memory_of, partial(load_weights, path)) < 2**26
+
+
+def test_a_link_out_of_the_store_is_refused_and_what_it_leads_to_is_left_alone(store, tmp_path):
+    own, other = tmp_path / "mine.txt", faults.a_run(4)
+    own.write_text("mine")
+    weights = store.path(RUN) / "weights.safetensors"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(weights, elsewhere)
+    weights.symlink_to(elsewhere)  # the very same bytes
+    for link in (store.partial(other), store.path(other), store.root / "locks" / f"{runs.address(other)}.lock"):
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(own)
+        with pytest.raises(BadInput, match="the store's own files; this one leads to"):
+            train_run(store, other)
+        link.unlink()
+    with pytest.raises(BadInput, match="the store's own files; this one leads to"):
+        store.model(RUN)
+    assert own.read_text() == "mine" and not store.finished(other)
+
+
+def test_a_record_of_another_version_is_refused(store):
+    record = store.path(RUN) / "run.json"
+    about = json.loads(record.read_text())
+    about["config"]["recipe"]["added_later"] = 1
+    about["checksum"] = runs._checksum(about)
+    record.write_text(json.dumps(about))
+    with pytest.raises(BadInput, match="the record of the run that its folder is named after"):
+        train_all(store, [RUN], quiet=True)
+
+
+def test_results_edited_by_hand_are_named(tmp_path):
+    place = tmp_path / "exp_mine" / "desk"
+    publish(place, NUMBERS, {}, dict(parameters={}), [])
+    assert {p.name for p in check_results(place)} == {"results.csv", "claims.json"}
+    before = {p: p.read_bytes() for p in place.iterdir()}
+
+    def refused(name):
+        with pytest.raises(BadInput, match="file of results is ") as said:
+            check_results(place)
+        assert name in str(said.value)
+        for path, data in before.items():
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+
+    (place / "results.csv").write_text(before[place / "results.csv"].decode().replace("2.0", "2.5"))
+    with pytest.raises(BadInput, match=r"results\.csv"):  # the page of verdicts does not pass it on
+        page(tmp_path)
+    refused("results.csv")
+    (place / "claims.json").unlink()
+    refused("claims.json")
+    about = json.loads(before[place / "provenance.json"])
+    (place / "provenance.json").write_text(json.dumps(about | dict(parameters=dict(seeds=30))))
+    refused("provenance.json")
+    for name in ("../../secret", "/etc/passwd"):
+        named = {k: v for k, v in about.items() if k != "checksum"} | dict(files={name: "0"})
+        (place / "provenance.json").write_text(json.dumps(named))
+        refused("allowed: files in the provenance's own folder")
+    (tmp_path / "copy.csv").write_bytes(before[place / "results.csv"])
+    (place / "results.csv").unlink()
+    (place / "results.csv").symlink_to(tmp_path / "copy.csv")
+    refused("results.csv")
+    with pytest.raises(BadInput, match="figure's name"):
+        publish(place, NUMBERS, {"../figure": None}, {})
+    check_results(place)
+
+
+# Kills and errors in the middle of a write
+
+
+def careless(folder):
+    "A work that is not as the library's: it writes in place, and begins again where it was by adding to what is there."
+    (folder / "mine").mkdir(parents=True, exist_ok=True)
+    with open(folder / "mine" / "results.csv", "a") as file:
+        for k in range(20):
+            file.write(f"{k}\n")
+            file.flush()
+            time.sleep(0.02)
+
+
+def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
+    found = faults.kill_often(careless, tmp_path / "kills", moments=2)
+    assert found["kills"] == 2 and found["survived"] == 0
+    file = tmp_path / "mine.csv"
+
+    def write_in_place():
+        try:
+            with open(file, "w") as opened:
+                opened.write("new and long")
+        except OSError as e:
+            raise NotWritten(e.strerror) from None
+
+    file.write_text("old")
+    outcomes = faults.fail_everywhere(write_in_place, lambda: file.read_text() in ("old", "new and long"))
+    assert outcomes["write"] == [False]
+    path = trained.path(RUN) / "run.json"
+    assert not faults.refused(path, path.read_bytes(), partial(trained.verify, RUN), tmp_path / "trace")
+    assert not faults.is_a_sentence("something is wrong", "scale")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [partial(faults.pretrain, steps=60), partial(faults.tune, steps=60), partial(faults.grid, steps=30, seeds=2)],
+    ids=["pretraining", "fine-tuning", "sweep"],
+)
+def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work):
+    found = faults.kill_often(work, tmp_path, moments=2, seed=1)
+    assert found["kills"] == found["survived"] == 2
+
+
+def test_an_experiment_is_killed_and_needs_no_network(tmp_path):
+    away = tmp_path / "away"
+    found = faults.kill_often(partial(faults.experiment, without=away), tmp_path / "kills", moments=1, seed=3)
+    assert found["kills"] == found["survived"] == 1
+    assert len(set((away / "started").read_text().split())) >= 2  # kernels of those lives, and what they started
+    assert not (away / "tried").exists()
+    check_results(next((tmp_path / "kills" / "0").glob("out/exp_randft/smoke")))
+
+
+def test_the_network_is_away(tmp_path):
+    code = """
+import socket
+for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: socket.getaddrinfo("example.org", 80)):
+    try:
+        reach()
+        print("reached")
+    except OSError as e:
+        print(e)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=faults.offline(tmp_path / "away"), capture_output=True, text=True
+    )
+    assert done.stdout.count("there is no network in this test") == 2, done.stderr
+    assert len((tmp_path / "away" / "tried").read_text().split()) == 2
+
+
+@pytest.mark.parametrize("error", [faults.NO_SPACE, faults.READ_ONLY, faults.NO_PERMISSION], ids=str)
+def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, error):
+    for what, (work, intact) in faults.ways_of_writing(tmp_path).items():
+        outcomes = faults.fail_everywhere(work, intact, error)
+        assert all(map(all, outcomes.values())), (what, outcomes)
+        assert sum(map(len, outcomes.values())) >= 4
+        work()
+        assert intact()
+    check_results(tmp_path / "results")
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before_where_it_was(tmp_path):
+    publish(tmp_path, NUMBERS, {}, {})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for step in ("open", "write", "fsync"):
+        with pytest.raises(NotWritten), faults.failing(step, faults.NO_SPACE):
+            publish(tmp_path, NUMBERS * 2, {}, {})
+        assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+# Disks
+
+
+@pytest.fixture
+def disk(tmp_path):
+    "A disk of one megabyte."
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and os.geteuid() == 0
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place]).returncode:
+        pytest.skip("only root can make a small disk")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_trained_goes_on(disk):
+    store, run = Store(disk / "runs"), replace(faults.a_run(30), measures=())
+    filler = disk / "filler"
+
+    def fill(step):
+        if step == 10:
+            with pytest.raises(OSError, match="No space"):
+                filler.write_bytes(b"x" * 2**20)
+
+    with pytest.raises(NotWritten, match=r"cannot be written \(No space left on device\)"):
+        train_run(store, run, report=fill, save_every=0)
+    standing = store.checkpoint(run)[0]
+    assert standing.step == 9 and not store.finished(run)
+    filler.unlink()
+    train_run(store, run)
+    assert store.meta(run)["resumed_at"] == 9 and not faults.leftovers(store.root)
+    alone = Store(disk.parent / "alone")
+    train_run(alone, run)
+    assert faults.contents(alone.root) == faults.contents(store.root)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert train_all(store, [run], quiet=True)["trained"] == 0  # what is there can be used
+    store.model(run)
+    with pytest.raises(NotWritten, match="Read-only file system"):
+        train_all(store, [faults.a_run(31)], workers=1, quiet=True)
+    assert "(Read-only file system)" in faults.refusal(REPO / "nbs/exp_revival.ipynb", dict(out=str(disk / "new")))
+
+
+def test_no_permission_is_a_sentence(tmp_path):
+    denied = pytest.raises(NotWritten, match=r"locks.* cannot be written \(Permission denied\)")
+    with denied, faults.failing("mkdir", faults.NO_PERMISSION):
+        train_run(Store(tmp_path / "runs"), RUN)
+    with faults.failing("mkdir", faults.NO_PERMISSION):
+        said = faults.refusal(REPO / "nbs/exp_revival.ipynb", dict(out=str(tmp_path / "new")))
+    assert "a folder that can be written to (Permission denied)" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_name_of_a_folder_will_do(tmp_path, trained):
+    place = tmp_path / "λ, a 'folder'; \"$HOME\" && 文件夹\t#1"
+    faults.done(faults.pretrain, place / "x", 3)
+    assert faults.contents(place / "x" / "runs") == faults.contents(trained.root)
+    publish(place / "results", NUMBERS, {}, {})
+    check_results(place / "results")
+
+
+def test_a_store_that_vanishes_meanwhile_is_made_again(tmp_path, trained):
+    store = Store(tmp_path / "runs")
+    train_run(store, RUN, report=lambda step: step == 2 and shutil.rmtree(store.root), save_every=0)
+    assert faults.contents(store.root) == faults.contents(trained.root)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, trained, monkeypatch):
+    jumping = iter([2e9, 1e9, 0.0] * 1000)
+    monkeypatch.setattr(runs.time, "time", lambda: next(jumping))
+    gmtime = time.gmtime
+    monkeypatch.setattr(runs.time, "gmtime", lambda *s: gmtime(*(s or [next(jumping)])))
+    store = Store(tmp_path / "runs")
+    train_run(store, RUN, save_every=0)
+    for k in range(4):
+        publish(tmp_path / "results", NUMBERS * k, {}, {})
+    monkeypatch.undo()
+    assert faults.contents(store.root) == faults.contents(trained.root)
+    assert len(list((tmp_path / "results" / "earlier").iterdir())) == 3
+
+
+# Two writers
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    for work, steps in ((faults.train_same, 2), (faults.put_same, 3)):
+        place = tmp_path / work.__name__
+        reader = faults.begun(faults.read_same, place, 4, steps)
+        assert faults.two_writers(work, place, 4)
+        reader.join()
+        assert reader.exitcode == 0 and not faults.leftovers(place)
+        assert len(list((place / "runs").glob("*-*/run.json"))) == 4
+
+
+def test_two_who_publish_lose_nothing(tmp_path):
+    assert faults.two_writers(faults.publish_often, tmp_path, 6)
+    place = tmp_path / "results"
+    check_results(place)
+    tables = {p.read_text() for p in place.rglob("results.csv")}
+    assert len(tables) == 2 * 3 and not faults.leftovers(place)
+    for folder in (place / "earlier").iterdir():
+        check_results(folder)
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_wrong_parameters_of_notebooks_are_refused_in_a_sentence(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = faults.wrong_parameters(notebook)
+    assert len(wrong) > 20
+    for name, value in wrong:
+        try:
+            said = faults.refusal(notebook, {name: value})
+        except ModuleNotFoundError as e:
+            pytest.skip(f"{e.name} is not installed")
+        assert faults.is_a_sentence(said, name), (name, str(value)[:50], said[:300])
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_of_functions_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = faults.wrong_calls()
+    assert len(calls) >= 60
+    for name, call in calls:
+        with pytest.raises(BadInput) as said:
+            call()
+        assert faults.is_a_sentence(str(said.value), name), (name, str(said.value)[:300])
+    assert not list(tmp_path.iterdir())
+
+
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def grammars(draw):
+    "Rules in which a symbol becomes letters and symbols further on, so that every string ends."
+    symbols = "stuv"[: draw(st.integers(1, 4))]
+    lines = []
+    for i, symbol in enumerate(symbols):
+        part = st.lists(st.sampled_from("abc" + symbols[i + 1 :]), min_size=1, max_size=3)
+        alternatives = draw(st.lists(part.map(" ".join), min_size=1, max_size=3, unique=True))
+        lines.append(f"{symbol} → {' | '.join(alternatives)}")
+    return Grammar.parse("\n".join(lines))
+
+
+@QUICK
+@given(grammars(), st.integers(0, 99), st.sampled_from([1, 2**18]))
+def test_what_is_drawn_is_in_the_grammar(grammar, seed, cap):
+    tokens, lengths = Sampler(grammar, cap).strings(3, np.random.default_rng(seed))
+    for string in np.split(tokens, lengths.cumsum()[:-1]):
+        assert recognise(grammar, [grammar.terminals[t] for t in string])
+
+
+@QUICK
+@given(st.text("stab→|( )0.5\n", max_size=40) | st.text(max_size=40))
+def test_any_text_is_a_grammar_or_refused(text):
+    try:
+        Sampler(Grammar.parse(text))
+    except BadInput as e:
+        assert "\n" not in str(e)
+
+
+@QUICK
+@given(st.integers(12, 60), st.data(), st.integers(0, 99))
+def test_every_row_is_spelled_with_the_vocabulary(length, data, seed):
+    domain = Domain(length=length, window=data.draw(st.integers(6, length)), nth=data.draw(st.integers(1, 3)))
+    ids = Natural(domain, PRIORS["M"]).batch(5, seed, 0)
+    assert ids.shape == (5, domain.row_length) and len(set(domain.vocabulary)) == len(domain.vocabulary)
+    words = [[domain.vocabulary[i] for i in row] for row in ids]
+    assert [[domain.vocabulary.index(w) for w in row] for row in words] == ids.tolist()
+    assert all(decode(domain, row) for row in ids)
+    with pytest.raises(BadInput):
+        decode(domain, [len(domain.vocabulary)])
+
+
+@QUICK
+@given(st.integers(0, 2**31), st.floats(0, 1))
+def test_a_model_is_as_before_after_any_mask(seed, share):
+    model, chance = faults._small(), torch.Generator().manual_seed(seed)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    units = {n: torch.rand(len(p), generator=chance) < share for n, p in pruning.matrices(model).items()}
+    with pruning.pruned(model, units):
+        for name, mask in units.items():
+            weight = model.get_parameter(name)
+            assert not weight[mask].any() and torch.equal(weight[~mask], before[name][~mask])
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@QUICK
+@given(st.integers(1, 3000), st.floats(0, 0.99), st.floats(0, 1), st.floats(1e-8, 10), st.integers(1, 5))
+def test_every_schedule_rises_to_its_rate_and_falls_to_its_floor(steps, warmup, floor, lr, per_octave):
+    recipe = Recipe(steps=steps, warmup=warmup, floor=floor, lr=lr)
+    rates = [rate(recipe, step) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert all(0 <= r <= lr * (1 + 1e-9) for r in rates) and (rates[0] > 0 or floor == 0)
+    assert all(a <= b + 1e-12 for a, b in pairwise(rates[: top + 1]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
+    measured = log_spaced(steps, per_octave)
+    assert measured[0] == 0 and measured[-1] == steps and measured == sorted(set(measured))
+
+
+# Numbers
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(tmp_path):
+    "The loss of the last step is finite, what its gradient does to the weights is not."
+    store, run = Store(tmp_path), RUN
+    model = run.fresh_model()
+    with torch.no_grad():
+        model.head.weight[1, 1] = float("nan")
+    with pytest.raises(NotFinite, match=r"pretraining, prior L.*head\.weight is not finite"):
+        store.put(run, model, [], {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_which_all_is_pruned_says_the_same_to_everything():
+    model = faults._small()
+    ids = torch.randint(0, 20, (8, 10), generator=torch.Generator().manual_seed(0))
+    every = {name: torch.ones(len(p), dtype=torch.bool) for name, p in pruning.matrices(model).items()}
+    before = model(ids[:, :-2], last=True)
+    with pruning.pruned(model, every), torch.no_grad():
+        assert model(ids[:, :-2], last=True).isfinite().all() and 0 <= accuracy(model, ids) <= 1
+    with pruning.pruned(model, every):
+        scores = pruning.scores(model, ids)
+    assert all(x.isfinite().all() for x in scores.values())
+    assert torch.equal(model(ids[:, :-2], last=True), before)
+    table = pruning.sweep(model, scores, [sum(len(x) for x in scores.values())], lambda m: dict(a=accuracy(m, ids)))
+    assert table["value"].between(0, 1).all()
+
+
+# Load
+
+
+def test_five_thousand_runs_are_looked_through_in_two_seconds(tmp_path, monkeypatch):
+    store, seeds = Store(tmp_path / "runs"), 209
+    wanted = sweep.read("exp_revival", scale="smoke", seeds=seeds).runs
+    assert len(wanted) >= 5000
+    faults.fill(store, wanted)
+    code = f"""
+import time
+from wrapperlib import sweep
+from wrapperlib.runs import Store
+wanted = sweep.read("exp_revival", scale="smoke", seeds={seeds}).runs
+def cpu(work):
+    began = time.process_time()
+    found = work()
+    print(time.process_time() - began)
+    return found
+store = Store({str(store.root)!r})
+assert cpu(lambda: [run for run in wanted if not store.finished(run)]) == []
+table = cpu(lambda: sweep.status("smoke", {seeds}, "cpu", {str(tmp_path)!r}, experiments=[("exp_revival", {{}})]))
+assert table.loc["all", "reused"] == len(wanted) and table.loc["all", "to train"] == 0
+assert cpu(lambda: store.why(sweep.one_run("pretraining", scale="smoke", seed=999_999))).startswith("differs in seed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert max(map(float, done.stdout.split())) < 2, done.stdout
+
+
+def test_memory_is_flat_over_many_runs(tmp_path):
+    peaks = faults.apart(faults.memory_over, tmp_path, 40)
+    assert peaks[-1] - peaks[9] < 2**24
