@@ -231,8 +231,13 @@ def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
 
 @pytest.mark.parametrize(
     "work",
-    [partial(faults.pretrain, steps=60), partial(faults.tune, steps=60), partial(faults.grid, steps=30, seeds=2)],
-    ids=["pretraining", "fine-tuning", "sweep"],
+    [
+        partial(faults.pretrain, steps=60),
+        partial(faults.tune, steps=60),
+        partial(faults.grid, steps=30, seeds=2),
+        partial(faults.tokenise, tales=1000),
+    ],
+    ids=["pretraining", "fine-tuning", "sweep", "tokenisation"],
 )
 def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work):
     found = faults.kill_often(work, tmp_path, moments=2, seed=1)
@@ -437,6 +442,12 @@ def test_what_is_drawn_is_in_the_grammar(grammar, seed, cap):
     tokens, lengths = Sampler(grammar, cap).strings(3, np.random.default_rng(seed))
     for string in np.split(tokens, lengths.cumsum()[:-1]):
         assert recognise(grammar, [grammar.terminals[t] for t in string])
+
+
+@QUICK
+@given(st.randoms(use_true_random=False))
+def test_any_file_of_stories_is_read_or_counted(chance):
+    assert faults.garbled(chance)
 
 
 @QUICK

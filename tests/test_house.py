@@ -111,7 +111,9 @@ def test_library_notebooks_run():
 def test_environments_agree():
     ours, project = settings(), tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     library = ours["requirements"].split()
-    extras = {name: ours[f"{name}_requirements"].split() for name in ("dev", "tracr", "stories", "bench", "docs", "cluster")}
+    extras = {
+        name: ours[f"{name}_requirements"].split() for name in ("dev", "tracr", "stories", "bench", "docs", "cluster")
+    }
     assert project["dependencies"] == library
     assert project["optional-dependencies"] == extras
     environment = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]

@@ -11,6 +11,7 @@ __all__ = ['RATES', 'DELETIONS', 'CONTROL', 'SIZES', 'FILES', 'LAST', 'LABELS', 
 import itertools
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -209,7 +210,7 @@ def sources(
         return {
             split: (lambda counts, s=s: records(hub_lines(split=s), counts), f"hub, {s}") for split, s in splits.items()
         }
-    there = all((Path(data) / name).is_file() for name in FILES.values())
+    there = all(os.path.isfile(Path(data) / name) for name in FILES.values())
     check(there, "data", data, f"tales, hub, or a folder with {' and '.join(FILES.values())}")
     return {split: source_file(Path(data) / name) for split, name in FILES.items()}
 

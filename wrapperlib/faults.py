@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pickled_program', 'announcing', 'program_announcing',
            'with_nan', 'damages', 'refused', 'kept_files', 'begun', 'done', 'apart', 'killed_after', 'contents',
-           'leftovers', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid', 'experiment', 'failing', 'fail_everywhere',
-           'ways_of_writing', 'train_same', 'put_same', 'publish_often', 'read_same', 'two_writers', 'offline',
-           'wrong_parameters', 'refusal', 'is_a_sentence', 'wrong_calls', 'row', 'forge', 'fill', 'memory_over',
-           'memory_of']
+           'leftovers', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid', 'tokenise', 'experiment', 'failing',
+           'fail_everywhere', 'ways_of_writing', 'train_same', 'put_same', 'publish_often', 'read_same', 'two_writers',
+           'offline', 'wrong_parameters', 'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'row', 'forge', 'fill',
+           'memory_over', 'memory_of']
 
 # %% ../nbs/25_faults.ipynb #fa000002
 import builtins
@@ -23,6 +23,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -44,6 +45,8 @@ from .model import GPT, Shape
 from .probing import Residuals
 from .protocols import SCALES, fine_tuning, pretraining
 from .runs import FILES, Run, Store, peak_memory, train_all, train_run
+from .stories import END, records, train_tokenizer, write_shards
+from .tales import source_tales
 from .tasks import Curriculum, Domain, Edited, Natural, decode, one_task
 from .training import Measure, Momentum, Progress, Recipe, train
 
@@ -243,8 +246,8 @@ def contents(
     folder: Path,  # what a work has written
 ) -> dict[str, str]:
     "Every tensor, table and figure in a folder: path → digest of its bytes. When and how they were made is left out."
-    names = {*FILES, "results.csv", "claims.json"}
-    found = (p for p in sorted(folder.rglob("*")) if p.name in names or p.suffix in (".png", ".svg"))
+    names = {*FILES, "results.csv", "claims.json", "shards.json"}
+    found = (p for p in sorted(folder.rglob("*")) if p.name in names or p.suffix in (".png", ".svg", ".npy"))
     shown = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in shown}
 
@@ -325,6 +328,16 @@ def grid(
         asked = {"scale": "smoke", "prior": "L", "seed": [*range(seeds)], "recipe.steps": steps}
         table = sweep.sweep(Store(folder / "runs"), "pretraining", asked, workers=1)
         runs.publish(folder / "grid", table, {}, runs.provenance(asked, {}))
+
+
+def tokenise(
+    folder: Path,  # of shards
+    tales: int = 4000,  # how many
+) -> None:
+    "A work: stories become tokens."
+    source, name = source_tales(tales, "faults")
+    tokenizer = train_tokenizer((r.text for r in itertools.islice(source(Counter()), 100)), 400)
+    write_shards(folder / "shards", source, name, tokenizer, per_shard=tales // 20)
 
 
 def experiment(
@@ -606,6 +619,35 @@ def is_a_sentence(
 # %% ../nbs/25_faults.ipynb #fa00001a
 def _small() -> GPT:
     return GPT(20, 10, Shape(1, 1, 8))
+
+
+_PIECES = (
+    "Features: ",
+    "Story:",
+    "Story: ",
+    "Words: a, b",
+    "Summary",
+    "Random sentence: ",
+    "Twist",
+    ", ",
+    "\n",
+    "\ufffd",
+    "<|",
+    END,
+    "é",
+    "no",
+    " ",
+)
+
+
+def garbled(
+    chance: random.Random,  # decides everything
+    pieces: int = 60,  # of it
+) -> bool:
+    "Read a file of stories that is put together at random: whether each record was returned or counted as broken."
+    text, counts = "".join(chance.choice(_PIECES) for _ in range(pieces)), Counter()
+    read = list(records(text.splitlines(), counts))
+    return counts["records"] == len(read) + sum(n for why, n in counts.items() if why.startswith("broken"))
 
 
 def wrong_calls() -> list[tuple[str, Callable]]:

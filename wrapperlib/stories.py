@@ -11,6 +11,7 @@ __all__ = ['END', 'YES', 'NO', 'FEATURES', 'TWIST', 'OTHER', 'VARIANTS', 'Record
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from .checks import BadInput, check
@@ -153,7 +155,7 @@ def file_lines(
 ) -> Iterator[str]:
     "The file's lines; raises `BadInput` if there is no such file. Bytes that are not UTF-8 become U+FFFD."
     path = Path(path)
-    check(path.is_file(), "file of stories", path, "a text file that is there")
+    check(os.path.isfile(path), "file of stories", path, "a text file that is there")
     with (
         open(path, "rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=quiet) as bar,
@@ -292,6 +294,12 @@ def write_shards(
     "Tokenise what is not there yet. Raises `BadInput` for a folder begun with another source, tokenizer or variant."
     check(variant in VARIANTS, "variant", variant, "one of " + ", ".join(VARIANTS))
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of two who want the same, one waits and finds it done
+        return _write_shards(folder, source, name, tokenizer, variant, per_shard)
+
+
+def _write_shards(folder: Path, source, name: str, tokenizer, variant: str, per_shard: int) -> Shards:
     means = dict(
         source=name,
         variant=variant,
@@ -307,6 +315,8 @@ def write_shards(
     )
     if (folder / "shards.json").exists():
         return Shards.load(folder)
+    for left in folder.glob(".*.npy.*"):  # half written by a process that was killed
+        left.unlink()
     counts = Counter()
     waiting = islice(source(counts), begun["read"], None)
     while read := list(islice(waiting, per_shard)):
@@ -351,7 +361,7 @@ def source_file(
 ) -> tuple[Callable[[Counter], Iterator[Record]], str]:
     "Source and name of a local copy, for `write_shards`."
     path = Path(path)
-    check(path.is_file(), "file of stories", path, "a text file that is there")
+    check(os.path.isfile(path), "file of stories", path, "a text file that is there")
     return lambda counts: records(file_lines(path, quiet), counts), f"{path.name}, {path.stat().st_size} bytes"
 
 # %% ../nbs/20_stories.ipynb #660c533f
