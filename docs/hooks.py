@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE), str(REPO)]
 import explorer  # noqa: E402
 
 SCALES = ("desk", "paper", "desk_paper", "smoke")  # whose results are linked first
+MEASURED = ("bench_", "faults")  # what is no experiment of the paper's
 VARIANTS = ("index", "quarter")  # what a folder's name says beside the scale
 VERDICTS = dict(holds="✓ holds", fails="✗ fails", inconclusive="? inconclusive")
 ROOM = re.compile(r"\d\d_")
@@ -99,7 +100,7 @@ def not_run() -> list[Path]:
     "Experiments of which there are no results yet."
     made = {p.stem for p in results()}
     return sorted(
-        p for p in (REPO / "nbs").glob("*.ipynb") if p.name.startswith(("exp_", "bench_")) and p.stem not in made
+        p for p in (REPO / "nbs").glob("*.ipynb") if p.name.startswith(("exp_", *MEASURED)) and p.stem not in made
     )
 
 
@@ -436,8 +437,8 @@ def rooms() -> str:
     )
 
 
-def list_of(kind: str) -> str:
-    "Results of experiments (`exp_`) or benchmarks (`bench_`), and what was not run yet."
+def list_of(kind: str | tuple[str, ...]) -> str:
+    "Results of experiments (`exp_`), or of benchmarks and faults (`MEASURED`), and what was not run yet."
     claims = dict(judged())
     made = [p for p in results() if p.stem.startswith(kind)]
     rows = [
@@ -545,7 +546,7 @@ FILLED = dict(
     ledger=all_ledgers,
     rooms=rooms,
     experiments=lambda: list_of("exp_"),
-    benchmarks=lambda: list_of("bench_"),
+    benchmarks=lambda: list_of(MEASURED),
     howtos=list_of_howtos,
     paper=the_paper,
     cell_by_cell=cell_by_cell,
@@ -564,7 +565,7 @@ def on_config(config):
     def entries(paths, name=named):
         return [{name(p): where(p)} for p in paths]
 
-    found = {kind: [p for p in results() if p.stem.startswith(kind)] for kind in ("exp_", "bench_")}
+    found = {kind: [p for p in results() if p.stem.startswith(kind)] for kind in ("exp_", MEASURED)}
     waiting = {kind: [p for p in not_run() if p.stem.startswith(kind)] for kind in found}
     config.nav = [
         {"Home": "index.md"},
@@ -573,7 +574,7 @@ def on_config(config):
         {"Paper and ours": "paper.md"},
         {"The book": ["book/index.md", *entries(library(), title)]},
         {"Experiments": ["experiments/index.md", *entries([*found["exp_"], *waiting["exp_"]])]},
-        {"Benchmarks": ["benchmarks/index.md", *entries([*found["bench_"], *waiting["bench_"]])]},
+        {"Benchmarks and faults": ["benchmarks/index.md", *entries([*found[MEASURED], *waiting[MEASURED]])]},
         {"How to": ["howto/index.md", *entries(howtos(), title)]},
     ]
     return config
