@@ -89,12 +89,16 @@ def test_more_processes_than_samples_are_refused(tmp_path):
 
 
 def test_an_experiments_runs_are_trained_together_and_its_notebook_finds_them(tmp_path):
-    given = ["exp_randft", "--scale", "smoke", "--device", "cpu", "--out", tmp_path / "out"]
+    own = tmp_path / "exp_small.ipynb"
+    own.write_text(
+        (REPO / "nbs/exp_revival.ipynb").read_text().replace('priors: str = \\"H M L\\"', 'priors: str = \\"L\\"')
+    )
+    given = [own, "--scale", "smoke", "--device", "cpu", "--out", tmp_path / "out"]
     done = torchrun(2, "-m", "wrapperlib.sweep", "train", *given)
     assert done.returncode == 0, done.stderr[-3000:]
-    experiment = sweep.read("exp_randft", scale="smoke", device="cpu")
+    experiment = sweep.read(str(own), scale="smoke", device="cpu")
     store = Store(tmp_path / "out" / "runs")
-    assert {store.meta(run)["processes"] for run in experiment.runs} == {2}
+    assert len(experiment.runs) == 10 and {store.meta(run)["processes"] for run in experiment.runs} == {2}
     assert train_all(store, experiment.runs, quiet=True)["trained"] == 0
     assert done.stdout.count(f"{len(experiment.runs)} runs: 0 reused") == 1  # one process speaks
 
