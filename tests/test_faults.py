@@ -186,7 +186,7 @@ def test_results_edited_by_hand_are_named(tmp_path):
     for name in ("../../secret", "/etc/passwd"):
         named = {k: v for k, v in about.items() if k != "checksum"} | dict(files={name: "0"})
         (place / "provenance.json").write_text(json.dumps(named))
-        refused("allowed: files in the provenance's own folder")
+        refused(f"allowed: files in the folder of {place / 'provenance.json'}, which lists it")
     (tmp_path / "copy.csv").write_bytes(before[place / "results.csv"])
     (place / "results.csv").unlink()
     (place / "results.csv").symlink_to(tmp_path / "copy.csv")

@@ -1012,7 +1012,8 @@ def check_results(
     check(about, "file of results", folder / "provenance.json", "the provenance as it was written")
     for name, digest in about["files"].items():
         path = folder / name
-        check(Path(name).name == name, "file of results", path, "files in the provenance's own folder")
+        allowed = f"files in the folder of {folder / 'provenance.json'}, which lists it"
+        check(Path(name).name == name, "file of results", path, allowed)
         whole = not path.is_symlink() and path.is_file() and _digest_of(path) == digest
         check(whole, "file of results", path, "the file as it was written, with the checksum that provenance.json has")
     return [folder / name for name in about["files"]]
