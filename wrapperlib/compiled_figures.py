@@ -168,7 +168,9 @@ def histograms(
 ) -> Figure:
     "What is answered before and after zeroing the best single weight, on strings as they come. Fig. 59."
     here = table[(table["metric"] == "says") & (table["c_tr"] == c_tr) & (table["seed"] == seed)]
-    fig, axes = plt.subplots(1, len(rates), figsize=(3.1 * len(rates) + 1, 2.8), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(rates), figsize=(3.1 * len(rates) + 1, 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
     for ax, (name, lr) in zip(axes[0], rates.items()):
         some = here[here["ft_lr"] == lr]
         pruned = some[some["way"] == "best alone"]
@@ -183,7 +185,7 @@ def histograms(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("share of strings")
     axes[0][-1].legend(**_BESIDE, frameon=False)
-    _headline(fig, f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})")
+    fig.suptitle(f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})", fontsize=11)
     return fig
 
 # %% ../nbs/19_compiled_figures.ipynb #c5d14c60
