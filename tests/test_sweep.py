@@ -324,7 +324,7 @@ def test_the_plan_predicts_what_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_shape_is_killed_goes_on_and_takes_what_was_predicted(tmp_path):
-    "Two hundred steps of pretraining at full shape: a quarter of an hour on a core."
+    "Two hundred steps of pretraining at full shape: about an hour on a core."
     long = {"scale": "paper", "recipe.steps": 200}
     [(_, run)] = sweep.grid_plan("pretraining", long)
     step, sample = sweep.measured_kinds([run])[sweep.kind(run)][0]

@@ -332,7 +332,7 @@ class Store:
     def meta(self, run: Run) -> dict:
         "What `run.json` says of a finished run."
         path = self._own(self.path(run) / "run.json")
-        meta = _record(path)
+        meta = _record(path, keep=False)  # asked for once in a while: not worth the memory
         check(meta, "file in the store", path, "a run's record, undamaged; remove its folder to train again")
         ours = meta["config"] == describe(run)
         check(ours, "file in the store", path, "the record of the run that its folder is named after")
@@ -482,11 +482,12 @@ def _checksum(record: dict) -> str:
     return _digest(json.dumps({k: v for k, v in record.items() if k != "checksum"}, sort_keys=True).encode(), 64)
 
 
-def _record(path: Path) -> dict | None:
+def _record(path: Path, keep: bool = True) -> dict | None:
     "What a `run.json` says; None if it cannot be trusted."
     try:
         about = path.stat()
-        return _read_record(path, about.st_mtime_ns, about.st_size)
+        read = _read_record if keep else _read_record.__wrapped__
+        return read(path, about.st_mtime_ns, about.st_size)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # RecursionError: brackets in brackets
         return None
 
@@ -494,7 +495,7 @@ def _record(path: Path) -> dict | None:
 _LONGEST = 2**24  # bytes of a record; the longest there are have some thousand
 
 
-@lru_cache(2**14)  # a file that was not touched since says the same
+@lru_cache(2**9)  # as many as are looked at for a reason, and more; a file that was not touched since says the same
 def _read_record(path: Path, modified: int, size: int) -> dict | None:
     record = json.loads(path.read_text()) if size <= _LONGEST else {}
     whole = record["checksum"] == _checksum(record) and all(

@@ -315,7 +315,7 @@ def _write_shards(folder: Path, source, name: str, tokenizer, variant: str, per_
     )
     if (folder / "shards.json").exists():
         return Shards.load(folder)
-    for left in folder.glob(".*.npy.*"):  # half written by a process that was killed
+    for left in folder.glob(".*"):  # half written by a process that was killed
         left.unlink()
     counts = Counter()
     waiting = islice(source(counts), begun["read"], None)
