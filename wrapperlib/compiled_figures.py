@@ -51,6 +51,13 @@ def _few_or_many(seeds: pd.Series) -> str:
     return _seeds(high) if low == high else f"{low} to {_seeds(high)}"
 
 
+def _in_a_row(n: int, width: float, height: float = 3, title: str = ""):
+    "Panels side by side that share their vertical axis."
+    fig, axes = plt.subplots(1, n, figsize=(width * n + 1.2, height), sharey=True, squeeze=False, layout="constrained")
+    fig.suptitle(title, fontsize=11)
+    return fig, list(axes[0])
+
+
 def attention(
     maps: dict[str, np.ndarray],  # title → weights, rows attend: shape (letters, letters)
     text: str,  # the letters
@@ -168,10 +175,9 @@ def histograms(
 ) -> Figure:
     "What is answered before and after zeroing the best single weight, on strings as they come. Fig. 59."
     here = table[(table["metric"] == "says") & (table["c_tr"] == c_tr) & (table["seed"] == seed)]
-    fig, axes = plt.subplots(
-        1, len(rates), figsize=(3.1 * len(rates) + 1, 3.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, (name, lr) in zip(axes[0], rates.items()):
+    title = f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})"
+    fig, axes = _in_a_row(len(rates), 3.1, 3.2, title)
+    for ax, (name, lr) in zip(axes, rates.items()):
         some = here[here["ft_lr"] == lr]
         pruned = some[some["way"] == "best alone"]
         for (label, rows), shift in zip(
@@ -183,9 +189,8 @@ def histograms(
         ax.set_title(f"{name}\n{weight}", fontsize=8)
         ax.set(xlabel="answer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0][0].set_ylabel("share of strings")
-    axes[0][-1].legend(**_BESIDE, frameon=False)
-    fig.suptitle(f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})", fontsize=11)
+    axes[0].set_ylabel("share of strings")
+    axes[-1].legend(**_BESIDE, frameon=False)
     return fig
 
 # %% ../nbs/19_compiled_figures.ipynb #c5d14c60
@@ -199,8 +204,9 @@ def revival(
     back = table[table["protocol"].isin(["reft", "scr_ft"]) & (table["metric"] == "acc_opt") & (table["c_te"] == 0)]
     back = back[(back["protocol"] == "scr_ft") | (back["ft_lr"] == ft_lr)]
     colours = _share_colours(back["c_tr"].dropna())
-    fig, axes = plt.subplots(1, len(rates), figsize=(3.4 * len(rates) + 1.2, 3), sharey=True, squeeze=False)
-    for ax, (name, lr) in zip(axes[0], rates.items()):
+    title = f"Reverse fine-tuning of compiled Counters (scale {scale}, {_of_seeds(back)})"
+    fig, axes = _in_a_row(len(rates), 3.4, title=title)
+    for ax, (name, lr) in zip(axes, rates.items()):
         here = back[back["re_lr"] == lr]
         curves = [(f"reFT, C_Tr = {c:g}", here[here["c_tr"] == c], dict(color=colour)) for c, colour in colours.items()]
         curves.append(("Scr.+FT", here[here["protocol"] == "scr_ft"], dict(color="0.3", ls="--")))
@@ -210,9 +216,8 @@ def revival(
             ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
         ax.set_xscale("symlog", linthresh=1)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
-    axes[0][0].set_ylabel("accuracy, O_PT (C_Te = 0)")
-    axes[0][-1].legend(**_BESIDE, frameon=False)
-    _headline(fig, f"Reverse fine-tuning of compiled Counters (scale {scale}, {_of_seeds(back)})")
+    axes[0].set_ylabel("accuracy, O_PT (C_Te = 0)")
+    axes[-1].legend(**_BESIDE, frameon=False)
     return fig
 
 
@@ -222,15 +227,15 @@ def beside_paper(
 ) -> Figure:
     "Ours against the paper's, cell by cell of Tables 3 and 4: equal on the diagonal."
     kinds = list(cells.groupby(["table", "task"]))
-    fig, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds) + 1, 3.2), sharey=True, squeeze=False)
-    for ax, ((number, task), rows) in zip(axes[0], kinds):
+    title = f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})"
+    fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
+    for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
         sns.scatterplot(
-            rows, x="paper", y="ours", hue="rate", style="metric", palette="colorblind", ax=ax, legend=ax is axes[0][-1]
+            rows, x="paper", y="ours", hue="rate", style="metric", palette="colorblind", ax=ax, legend=ax is axes[-1]
         )
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
-    sns.move_legend(axes[0][-1], **_BESIDE, frameon=False)
-    _headline(fig, f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})")
+    sns.move_legend(axes[-1], **_BESIDE, frameon=False)
     return fig
 
 
@@ -240,10 +245,8 @@ def readings(
 ) -> Figure:
     "How far each reading is from the paper, and what its noise leaves of the compiled program."
     tasks = list(fit.index.unique("task"))
-    fig, axes = plt.subplots(
-        1, len(tasks), figsize=(4 * len(tasks), 3), sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, task in zip(axes[0], tasks):
+    fig, axes = _in_a_row(len(tasks), 4, title=f"Readings against the paper (steps of {scale})")
+    for ax, task in zip(axes, tasks):
         here = fit.loc[task].iloc[::-1]
         ax.barh(here.index, here["apart"], color=["0.7" if lost else "C0" for lost in here["lost"]])
         for y, (before, lost) in enumerate(zip(here["opt_before"], here["lost"])):
@@ -251,5 +254,4 @@ def readings(
                 1, y, f"{100 * before:.0f} % before" + (f", {lost:.0f} lost" if lost else ""), va="center", fontsize=7
             )
         ax.set(title=task, xlabel="mean distance from Table 3, points", xlim=(0, 100))
-    fig.suptitle(f"Readings against the paper (steps of {scale})", fontsize=11)
     return fig

@@ -8,8 +8,8 @@ __all__ = ['RATES', 'DELETIONS', 'CONTROL', 'SIZES', 'FILES', 'LAST', 'LABELS', 
            'loss_on', 'asked', 'Behaviour', 'Layers', 'found_in', 'questions', 'written', 'data_for', 'judge_for']
 
 # %% ../nbs/23_deletion.ipynb #c4d60541
-import itertools
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -29,23 +29,8 @@ from .checks import Rule, check, one_of, some_of, whole, writable
 from .llama import Llama, LlamaShape, generate
 from .model import read
 from .runs import Run, Store, source_digests, write_whole
-from wrapperlib.stories import (
-    FEATURES,
-    TWIST,
-    VARIANTS,
-    Judged,
-    Packed,
-    Shards,
-    features_of,
-    hub_lines,
-    load_tokenizer,
-    records,
-    right_aligned,
-    source_file,
-    tokens_of,
-    train_tokenizer,
-    write_shards,
-)
+from .stories import FEATURES, TWIST, VARIANTS, Judged, Packed, Shards, features_of, hub_lines
+from .stories import load_tokenizer, records, right_aligned, source_file, tokens_of, train_tokenizer, write_shards
 from .tales import Exactly, source_tales
 from .training import Measure, Recipe, _autocast, parts, pick_device
 

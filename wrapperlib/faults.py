@@ -457,9 +457,7 @@ def ways_of_writing(
         runs.publish(place, table * next(numbers), {}, dict(parameters={}), [])
 
     def publish_intact():
-        tables = {
-            p.read_text() for p in place.rglob("results.csv")
-        }  # here or in earlier/, every one that was ever whole
+        tables = {p.read_text() for p in place.rglob("results.csv")}  # here or in earlier/, all that were ever whole
         grown, seen[:] = {*seen} <= tables, tables
         return grown and not leftovers(place)
 
@@ -650,108 +648,73 @@ def garbled(
     return counts["records"] == len(read) + sum(n for why, n in counts.items() if why.startswith("broken"))
 
 
+_RECIPES = [("steps", 0), ("steps", 1.5), ("batch", 0), ("batch", -3), ("betas", (0.9, 1.0)), ("clip", 0.0)]
+_RECIPES += [("muon", -1.0), ("lr", 0.0), ("lr", math.nan), ("lr", math.inf), ("warmup", 1.0), ("floor", 2.0)]
+_RECIPES += [("weight_decay", -1.0), ("answer", -1.0)]
+_SETTINGS = {  # class → its fields, and values that they must refuse
+    Recipe: _RECIPES,
+    Momentum: [("momentum", 1.0)],
+    Domain: [("length", 1), ("length", 20.0), ("window", 1), ("window", 10**6), ("nth", 0), ("nth", 10**6)],
+    Shape: [("blocks", 0), ("heads", 0), ("width", -4), ("width", 7), ("blocks", 1.5)],
+    compiled.Program: [("noise", -1.0)],
+    Letters: [("q", 9)],
+    sweep.Ray: [("gpus", 1.5)],
+}
+_RUNS = [("seed", -1), ("seed", "0"), ("prior", "H L"), ("c_tr", "0.5"), ("c_tr", 2), ("ft_rate", "XL")]
+_RUNS += [("task", "sum"), ("recipe.lr", "1e-4"), ("recipe.steps", 1.5), ("recipe.speed", 1)]
+_RULES = ("s a b", "s → ", "s → x", "s → s", "s → a (0)", "s → s s (0.9) | a (0.1)", "s → a (high)", "a → b")
+
+
 def wrong_calls() -> list[tuple[str, Callable]]:
     "Names of parameters of public functions, and calls with a value that must be refused."
-    smoke, domain = SCALES["smoke"], SCALES["smoke"].domain
-    text, one = "s → a b | c", torch.zeros(4, dtype=torch.long)
-    of = partial(sweep.one_run, scale="smoke")
-    tagged = [
-        *(
-            (name, partial(Recipe, **{name: value}))
-            for name, value in (
-                ("steps", 0),
-                ("steps", 1.5),
-                ("batch", 0),
-                ("batch", -3),
-                ("betas", (0.9, 1.0)),
-                ("weight_decay", -1.0),
-                ("muon", -1.0),
-                ("lr", 0.0),
-                ("lr", math.nan),
-                ("lr", math.inf),
-                ("warmup", 1.0),
-                ("floor", 2.0),
-                ("clip", 0.0),
-                ("answer", -1.0),
-            )
-        ),
-        ("momentum", partial(Momentum, momentum=1.0)),
-        *(
-            (name, partial(Domain, **{name: value}))
-            for name, value in (
-                ("length", 1),
-                ("length", 20.0),
-                ("window", 1),
-                ("window", 10**6),
-                ("nth", 0),
-                ("nth", 10**6),
-            )
-        ),
-        *(
-            (name, partial(Shape, **{name: value}))
-            for name, value in (
-                ("blocks", 0),
-                ("heads", 0),
-                ("width", -4),
-                ("width", 7),
-                ("blocks", 1.5),
-            )
-        ),
-        ("vocabulary", partial(GPT, 1, 10, smoke.shape)),
-        ("context", partial(GPT, 20, 0, smoke.shape)),
-        *(("prior", partial(Natural, domain, prior)) for prior in ((1.0,), (0.5, 0.5, 0.5), (-1.0, 1.0, 1.0))),
+    kinds = [(name, partial(kind, **{name: value})) for kind, some in _SETTINGS.items() for name, value in some]
+    reft = [(name, partial(sweep.one_run, "reft", scale="smoke", **{name: value})) for name, value in _RUNS]
+    rules = [("rule", partial(Grammar.parse, wrong)) for wrong in _RULES]
+    return [*kinds, *reft, *rules, *_wrong_streams(), *_wrong_models(), *_wrong_files()]
+
+
+def _wrong_streams() -> list[tuple[str, Callable]]:
+    domain, grammar = SCALES["smoke"].domain, "s → a b | c"
+    asked = one_task(domain, "C", "a")
+    priors = ((1.0,), (0.5, 0.5, 0.5), (-1.0, 1.0, 1.0))
+    return [
+        ("rules", partial(Grammar.parse, "s → a (0.5) | b (0.6)")),
+        ("grammar", partial(Grammar.parse, "")),
+        ("start symbol", partial(Grammar.parse, grammar, start="z")),
+        ("length", partial(sampler(Grammar.parse(grammar)).windows, 1, 0, None)),
+        *(("prior", partial(Natural, domain, prior)) for prior in priors),
         ("families", partial(Natural, domain, (1.0, 0.0, 0.0), ("Z",))),
         ("c", partial(Edited, domain, "b", 1.5)),
         ("c", partial(Edited, domain, "b", "half")),
         ("family", partial(Edited, domain, "b", 0.5, "a", "b", "T")),
         ("oft", partial(Edited, domain, "a", 0.5, "a", "a")),
-        ("until", partial(Curriculum, one_task(domain, "C", "a"), 0, one_task(domain, "C", "b"))),
-        ("n", partial(Measure, "acc", one_task(domain, "C", "a"), n=0)),
+        ("until", partial(Curriculum, asked, 0, one_task(domain, "C", "b"))),
+        ("n", partial(Measure, "acc", asked, n=0)),
         ("ids", partial(decode, domain, [10**6])),
-        *(
-            ("rule", partial(Grammar.parse, wrong))
-            for wrong in (
-                "s a b",
-                "s → ",
-                "s → x",
-                "s → s",
-                "s → a (0)",
-                "s → s s (0.9) | a (0.1)",
-                "s → a (high)",
-                "a → b",
-            )
-        ),
-        ("rules", partial(Grammar.parse, "s → a (0.5) | b (0.6)")),
-        ("grammar", partial(Grammar.parse, "")),
-        ("start symbol", partial(Grammar.parse, text, start="z")),
-        ("length", partial(sampler(Grammar.parse(text)).windows, 1, 0, None)),
+    ]
+
+
+def _wrong_models() -> list[tuple[str, Callable]]:
+    one = torch.zeros(4, dtype=torch.long)
+    return [
+        ("vocabulary", partial(GPT, 1, 10, SCALES["smoke"].shape)),
+        ("context", partial(GPT, 20, 0, SCALES["smoke"].shape)),
         ("targets", partial(Residuals, torch.zeros(1, 4, 2), one, ("embed",))),
         *(("k", partial(pruning.top, {"m": torch.zeros(3)}, k)) for k in (4, -1, True, 1.0)),
         ("unit", lambda: pruning.scores(_small(), one[None], "column")),
         ("ids", lambda: pruning.scores(_small(), one[None][:0])),
         ("prompts", lambda: pruning.row_means(_small(), one[None][:0])),
         ("model", partial(pruning.matrices, torch.nn.Linear(2, 2))),
-        ("noise", partial(compiled.Program, noise=-1.0)),
-        ("program", partial(compiled.Program, "nowhere")),
-        ("program", partial(compiled.load_weights, "/dev/zero")),
         ("letter", lambda: compiled.Program().model().answer("a?")),
         ("text", lambda: compiled.Program().model().answer("a" * 1000)),
-        ("q", partial(Letters, q=9)),
-        *(
-            (name, partial(of, "reft", **{name: value}))
-            for name, value in (
-                ("seed", -1),
-                ("seed", "0"),
-                ("prior", "H L"),
-                ("c_tr", "0.5"),
-                ("c_tr", 2),
-                ("ft_rate", "XL"),
-                ("task", "sum"),
-                ("recipe.lr", "1e-4"),
-                ("recipe.steps", 1.5),
-                ("recipe.speed", 1),
-            )
-        ),
+        ("rate", partial(fine_tuning, SCALES["smoke"], a_run(), 1.0, "η_XL")),
+    ]
+
+
+def _wrong_files() -> list[tuple[str, Callable]]:
+    return [
+        ("program", partial(compiled.Program, "nowhere")),
+        ("program", partial(compiled.load_weights, "/dev/zero")),
         ("scale", partial(sweep.one_run, "scr", scale="huge")),
         ("grid", partial(sweep.points, {})),
         ("seeds", partial(sweep.points, dict(seeds=[1, 1]))),
@@ -759,12 +722,9 @@ def wrong_calls() -> list[tuple[str, Callable]]:
         ("out", partial(sweep.grid_plan, "exp_revival", dict(out="here"))),
         ("experiment", partial(sweep.read, "exp_none")),
         ("file", partial(sweep.load_grid, "none.yaml")),
-        ("rate", partial(fine_tuning, smoke, a_run(), 1.0, "η_XL")),
-        ("gpus", partial(sweep.Ray, gpus=1.5)),
         ("file of results", partial(runs.check_results, "nowhere")),
         ("figure's name", partial(runs.publish, "nowhere", None, {"../up": None}, {})),
     ]
-    return tagged
 
 # %% ../nbs/25_faults.ipynb #fa00001c
 def row(

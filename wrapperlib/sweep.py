@@ -151,7 +151,8 @@ def status(
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results; not made
     workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
-    experiments: Iterable | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable
+    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
 ) -> pd.DataFrame:
     "What `paper` would do. Columns reused, to train, minutes, why, results; a row for each experiment, and one for all. Raises `BadInput`."
@@ -177,7 +178,7 @@ def everything(
     data: str = "",  # as in `status`
 ) -> tuple:
     "All experiments; at scale paper without the one on stories, unless it is said where they are."
-    return tuple(e for e in EXPERIMENTS if e[0] != "exp_stories" or scale != "paper" or data)
+    return tuple(e for e in EXPERIMENTS if e[0] != "exp_stories" or scale != "paper" or data)  # tales are not for paper
 
 
 def _read_all(experiments, scale, seeds, device, out, workers, data, keep=False) -> list[Experiment]:
@@ -237,7 +238,8 @@ def paper(
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results
     workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
-    experiments: Iterable | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable
+    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     fail_fast: bool = False,  # the first failure is the last thing that is done
     engine: Callable | None = None,  # trains all runs before the first notebook, such as `Ray`
@@ -277,8 +279,8 @@ def _execute(experiment: Experiment, out: Path) -> dict:
 
 
 def _first_line(e: Exception) -> str:
-    name = getattr(e, "ename", type(e).__name__)
-    return f"{name}: {str(getattr(e, 'evalue', e)).strip().splitlines()[0] if str(getattr(e, 'evalue', e)).strip() else ''}"
+    name, text = getattr(e, "ename", type(e).__name__), str(getattr(e, "evalue", e)).strip()
+    return f"{name}: {text.partition(chr(10))[0]}"
 
 
 def _found(place: Path) -> dict:
@@ -611,7 +613,8 @@ def plan(
     scale: str = "paper",  # name of a scale
     seeds: int = 1,  # how many seeds, from 0
     device: str = "auto",  # auto, cpu, cuda or cuda:N
-    experiments: Iterable | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable
+    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
 ) -> pd.DataFrame:
     "Hours of training on 1, 4 and 16 workers, and the memory of one of them, GiB; a row for each experiment, and one for all. Raises `BadInput`."
@@ -697,9 +700,9 @@ def _do(a: argparse.Namespace) -> int:
     )
     if a.what == "train":
         return _do_train(a, common)
-    engine = dict(local=lambda: None, ray=lambda: Ray(a.address, _plain(a.gpus)))[
-        one_of(["local", "ray"])("engine", a.engine)
-    ]()
+    engine = Ray(a.address, _plain(a.gpus)) if one_of(["local", "ray"])("engine", a.engine) == "ray" else None
+    if a.what != "grid" and len(everything(a.scale, a.data)) < len(EXPERIMENTS):
+        print("exp_stories is left out: at scale paper it needs --data (make: DATA), hub or a folder")
     if a.what == "plan":
         print(plan(**common).round(3).to_string())
         return 0
