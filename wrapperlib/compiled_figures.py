@@ -157,6 +157,8 @@ def many_weights(
                 if lr in colours:
                     values = curves.groupby("k")["value"]
                     ax.plot(values.mean(), color=colours[lr], ls="-" if way == "top" else ":")
+                    low, high = values.min(), values.max()
+                    ax.fill_between(low.index, low, high, color=colours[lr], alpha=0.12, lw=0)
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
             ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
     kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", ":"))}
@@ -231,6 +233,7 @@ def beside_paper(
     fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
     for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
+        ax.vlines(rows["paper"], rows["low"], rows["high"], color="0.6", lw=0.8, zorder=0)
         sns.scatterplot(
             rows, x="paper", y="ours", hue="rate", style="metric", palette="colorblind", ax=ax, legend=ax is axes[-1]
         )
