@@ -231,12 +231,12 @@ def beside_paper(
     kinds = list(cells.groupby(["table", "task"]))
     title = f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})"
     fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
+    look = dict(hue="rate", hue_order=[*cells["rate"].unique()], palette="colorblind")
+    look |= dict(style="metric", style_order=[*_WHOSE])  # in all panels the same
     for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
         ax.vlines(rows["paper"], rows["low"], rows["high"], color="0.6", lw=0.8, zorder=0)
-        sns.scatterplot(
-            rows, x="paper", y="ours", hue="rate", style="metric", palette="colorblind", ax=ax, legend=ax is axes[-1]
-        )
+        sns.scatterplot(rows, x="paper", y="ours", **look, ax=ax, legend="full" if ax is axes[-1] else False)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
     sns.move_legend(axes[-1], **_BESIDE, frameon=False)
     return fig
