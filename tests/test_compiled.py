@@ -248,12 +248,15 @@ def test_the_papers_tables_are_whole():
 
 
 def test_the_experiment_runs(tmp_path):
-    done = papermill(tmp_path, "exp_tracr", "-p", "scale", "smoke", "-p", "rates", "L M", "-p", "workers", "1")
+    given = ("scale", "smoke"), ("rates", "L M"), ("more_seeds", "1"), ("workers", "1")
+    done = papermill(tmp_path, "exp_tracr", *(word for pair in given for word in ("-p", *pair)))
     assert done.returncode == 0, done.stderr[-3000:]
     place = tmp_path / "outputs/exp_tracr/smoke"
     judged = json.loads((place / "claims.json").read_text())
     assert [c["id"] for c in judged] == [c.id for c in compiled_runs.C7]
+    assert {c["seeds"] for c in judged if "η_S" not in c["statistic"]} == {2}
     table = pd.read_csv(place / "results.csv", low_memory=False)
+    assert table.query("task == 'max'")["seed"].unique().tolist() == [0]
     assert {"trained", "top", "random", "alone", "best alone", "beside the paper"} <= set(table["way"])
     assert (place / "fig10_attention.png").is_file()
 

@@ -1,7 +1,9 @@
 "The protocols on stories: who is trained on what, what is asked, and what a claim makes of it. All at smoke scale."
 
+import os
+import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,11 +14,14 @@ from wrapperlib.checks import BadInput
 from wrapperlib.deletion import (
     CONTROL,
     DELETIONS,
+    FILES,
     LABELS,
+    SHAM,
     SIZES,
     Behaviour,
     Layers,
     Learned,
+    _balanced,
     asked,
     corpus,
     data_for,
@@ -24,9 +29,11 @@ from wrapperlib.deletion import (
     found_in,
     judge_for,
     judge_run,
-    loss_on,
+    judge_table,
+    losses_on,
     pretraining,
     questions,
+    sources,
     tuned,
 )
 from wrapperlib.runs import Store, train_all
@@ -73,7 +80,22 @@ def test_the_corpus_is_made_once_and_is_what_was_told(place, data):
     assert (
         features_of(data.shards["test", "Twist"])[:, 0].all() and not features_of(data.shards["test", "F"])[:, 0].any()
     )
-    assert {split for split, _ in data.shards} == {"train", "test"} and len(data.shards) == 8
+    assert Counter(split for split, _ in data.shards) == dict(train=2, tuning=5, test=3)
+
+
+def test_nothing_after_pretraining_reads_what_pretraining_read(data, tmp_path):
+    "Of tales, and of files, where every fifth record is kept; a file that was edited is another source."
+    told = [Counter(record.text for record in source_tales(600, split)[0](Counter())) for split in ("train", "tuning")]
+    assert not told[0] & told[1]
+    for name in FILES.values():
+        (tmp_path / name).write_text("".join(f"Story: It was day {i}.\n{END}\n" for i in range(23)))
+    found = {split: source(Counter()) for split, (source, _) in sources(SMOKE, str(tmp_path)).items()}
+    days = {split: [int(re.findall(r"\d+", r.story)[0]) for r in some] for split, some in found.items()}
+    assert days["tuning"] == [4, 9, 14, 19] and sorted(days["tuning"] + days["train"]) == days["test"] == [*range(23)]
+    names = [name for _, name in sources(SMOKE, str(tmp_path)).values()]
+    os.utime(tmp_path / FILES["train"], (1, 1))
+    again = [name for _, name in sources(SMOKE, str(tmp_path)).values()]
+    assert len(set(names)) == 3 and [a == b for a, b in zip(names, again)] == [False, False, True]
 
 
 def test_files_in_the_published_format_are_taken_too(tmp_path):
@@ -84,29 +106,32 @@ def test_files_in_the_published_format_are_taken_too(tmp_path):
         ]
         (tmp_path / f"TinyStories-Instruct-{name}.txt").write_text("\n".join([*blocks, f"Words: a\n{END}\n"]))
     found = corpus(SMOKE, str(tmp_path), tmp_path / "out")
-    assert found.shards["train", "all"].counts["broken: no story"] == 1
-    told = corpus(SMOKE, "tales", tmp_path / "out")
-    for i in range(300):
-        ours, theirs = (tokens_of(c.shards["test", "all"], i)[1] for c in (told, found))
-        assert list(ours) == list(theirs)
+    counts = [found.shards[split, "all"].counts for split in ("train", "tuning")]
+    assert [c["broken: no story"] for c in counts] == [1, 1] and [c["kept"] for c in counts] == [480, 120]
+    told = source_tales(300, "test")[0](Counter())
+    tokenizer = load_tokenizer(found.tokenizer)
+    for i, record in enumerate(told):
+        assert tokenizer.decode(tokens_of(found.shards["test", "all"], i)[1]) == f" {record.story}"
 
 
 def test_the_plan(data):
     plan = deletion_plan(SMOKE, data, seeds=2)
     count = Counter(labels["protocol"] for labels, _ in plan)
-    assert count == dict(pretraining=4, deletion=2 * 6 * 2, reft=2 * 8 * 3)
+    assert count == dict(pretraining=4, deletion=2 * 8 * 2, reft=2 * 8 * 3)
     runs = {tuple(labels.get(k) for k in ("protocol", "model", "seed", "ft_lr", "step")): run for labels, run in plan}
     assert len(runs) == len(plan)
     streams = {m: runs["deletion", m, 0, 1e-2, 4].stream for m in DELETIONS}
     for m, stream in streams.items():
         assert (
-            stream.train == data.shards["train", m]
+            stream.train == data.shards["tuning", m]
             and runs["deletion", m, 0, 1e-2, 4].start.stream.train == data.shards["train", "all"]
         )
     assert runs["pretraining", CONTROL, 0, None, 12].stream.train == data.shards["train", "F"]
     ways = [run for (protocol, *_), run in runs.items() if protocol == "reft" and run.seed == 0]
     assert {(r.stream, r.data, r.recipe.lr) for r in ways} == {(ways[0].stream, 1, 1e-3)}
-    assert ways[0].stream.train == data.shards["train", "Twist"]
+    assert ways[0].stream.train == data.shards["tuning", "Twist"]
+    assert runs["deletion", SHAM, 0, 1e-2, 4].stream.train == data.shards["tuning", "all"]
+    assert not any(run.start == runs["deletion", SHAM, 0, 1e-2, 4] for run in ways)
     assert runs["reft", "F", 0, 1e-2, 3].start == runs["deletion", "F", 0, 1e-2, 4]
     assert runs["reft", CONTROL, 0, None, 3].start == runs["pretraining", CONTROL, 0, None, 12]
 
@@ -115,7 +140,7 @@ def test_what_fine_tuning_shows(data):
     tokenizer = load_tokenizer(data.tokenizer)
 
     def texts(variant):
-        shards = data.shards["train", variant]
+        shards = data.shards["tuning", variant]
         return [[tokenizer.decode(part) for part in tokens_of(shards, i)] for i in range(len(features_of(shards)))]
 
     has = {variant: np.mean(["Twist" in detect(story) for _, story in texts(variant)]) for variant in DELETIONS}
@@ -150,12 +175,18 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one(data, store, found):
     assert torch.equal(dict(steps)[2], continued.token.weight)
 
 
-def test_the_loss_is_the_mean_over_all_tokens(data):
-    model = pretraining(SMOKE, data).fresh_model().eval()
-    ids = torch.from_numpy(data.packed("all", SMOKE.length).batch(70, 0, 0))
-    with torch.no_grad():
-        logs = model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])
-    assert loss_on(model, ids) == pytest.approx(-logs.mean().item(), rel=1e-5)
+def test_losses_are_means_over_tokens_of_records_and_of_stories(data):
+    model, shards = pretraining(SMOKE, data).fresh_model().eval(), data.shards["test", "Twist"]
+    whole, stories = [], []
+    for i in range(40):
+        prompt, story = tokens_of(shards, i)
+        ids = torch.from_numpy(np.concatenate([prompt, story])[: SMOKE.length].astype(np.int64))[None]
+        with torch.no_grad():
+            logs = -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).flatten()
+        whole += logs.tolist()
+        stories += logs[len(prompt) - 1 :].tolist()
+    assert losses_on(model, shards, 40, SMOKE.length) == pytest.approx((np.mean(whole), np.mean(stories)), rel=1e-5)
+    assert len(stories) < len(whole)
 
 
 def test_the_table_of_findings(found):
@@ -177,7 +208,9 @@ def test_the_table_of_findings(found):
         "blocks.0.residual",
         "blocks.1.residual",
     }
-    assert set(read["model"]) == {"Present", CONTROL, "F", "F+RR"}
+    assert set(read["model"]) == {"Present", CONTROL, "F", "F+RR", SHAM}
+    tested = table[table["metric"] == "tested"].groupby("feature")["value"].unique()
+    assert all(len(n) == 1 and 20 < n[0] <= SMOKE.probed for n in tested)
 
 
 def test_findings_are_kept(found, store, data, capsys):
@@ -229,35 +262,75 @@ def test_probes_find_what_is_there(data):
     "A model whose residual stream is its tokens: a word that only stories with a moral end with is found, a twist is not."
     model = pretraining(SMOKE, data).fresh_model().eval()
     size = replace(SMOKE, probed=512)
-    table = Layers(data.shards["train", "all"], data.shards["test", "all"], ("MoralValue", "Twist")).of(model, size)
+    table = Layers(data.shards["train", "all"], ("MoralValue", "Twist")).of(model, size)
     best = table[table["metric"] == "accuracy"].groupby("feature")["value"].max()
     assert best["MoralValue"] > 0.9 and best["Twist"] < 0.65
     assert table[table["metric"] == "shuffled"]["value"].max() < 0.62
 
 
-def made_up(asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, control_before=0.05):
+def test_a_probe_learns_and_is_tested_on_different_stories_as_many_of_each_kind():
+    has = torch.arange(100) % 3 == 0
+    learn, test = (_balanced(has, half, 20) for half in (0, 1))
+    assert not set(learn.tolist()) & set(test.tolist()) and len(set(learn.tolist())) == len(learn) == 20
+    assert has[learn].sum() == has[test].sum() == 10
+    assert len(_balanced(torch.arange(100) < 6, 0, 20)) == 6  # no story twice where there are few
+
+
+def test_a_judge_of_ones_own(found, store, data):
+    "Anything that says of texts whether they have a twist; what cannot is refused."
+    plan, learned, _ = found
+
+    @dataclass(frozen=True)
+    class Long:
+        least: int = 30
+
+        def says(self, texts):
+            return [len(t) >= self.least for t in texts]
+
+    behaviour, _ = questions(store, data, learned, Long(0))
+    assert behaviour.of(store.model(plan[0][1]), SMOKE).set_index("metric")["value"]["says_asked"] == 1
+    for judge in ("gpt", 3):
+        with pytest.raises(BadInput, match=r"judge is .* allowed: exact, learned, or an object with a method says"):
+            questions(store, data, learned, judge)
+
+
+def test_the_learned_judge_is_judged(found, store, data, monkeypatch):
+    plan, learned, _ = found
+    right = judge_table(store, data, learned, plan[0][1], SMOKE)
+    assert len(right) == 4 and right.between(0, 1).all()
+    monkeypatch.setattr(Learned, "says", lambda self, texts: Exactly().says(texts))
+    assert (judge_table(store, data, learned, plan[0][1], SMOKE) == 1).all()
+
+
+def made_up(asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, control_before=0.05, shuffled=0.5):
     "Findings such as these."
     size, rows = SIZES["desk"], []
-    models = [(m, lr) for m in DELETIONS for lr in size.rates.values()] + [("Present", None), (CONTROL, None)]
+    models = [(m, lr) for m in (*DELETIONS, SHAM) for lr in size.rates.values()] + [("Present", None), (CONTROL, None)]
     for model, lr in models:
-        first = control_before if model == CONTROL else before if lr is None else deleted
+        first = control_before if model == CONTROL else before if lr is None or model == SHAM else deleted
         protocol = "pretraining" if lr is None else "deletion"
         at = dict(protocol=protocol, model=model, seed=0, ft_lr=lr, step=400)
         rows += [
             at | dict(metric=m, value=v)
-            for m, v in (("says_asked", first), ("says_other", 0.02), ("loss_twist", 1.0 + (first < 0.5) * 0.05))
+            for m, v in (("says_asked", first), ("says_other", 0.02), ("loss_twist_story", 1.0 + (first < 0.5) * 0.05))
         ]
-        for i, step in enumerate((0, *size.reviving)):
+        for i, step in enumerate(() if model == SHAM else (0, *size.reviving)):
             share = first if step == 0 else control[i - 1] if model == CONTROL else asked_back[i - 1]
             at = dict(protocol="reft", model=model, seed=0, ft_lr=lr, step=step)
             rows += [
                 at | dict(metric="says_asked", value=share),
-                at | dict(metric="loss_twist", value=1.1 - share / 10),
+                at | dict(metric="says_other", value=share / 10),
+                at | dict(metric="loss_twist_story", value=1.1 - share / 10),
             ]
-        at |= dict(protocol=protocol, step=400, metric="accuracy")
+        at |= dict(protocol=protocol, step=400)
         for feature in ("Twist", "Foreshadowing"):
             value = probe - gap * (model == CONTROL and feature == "Twist")
-            rows += [at | dict(feature=feature, site=f"blocks.{b}.residual", value=value) for b in range(3)]
+            found = dict(accuracy=value, shuffled=shuffled, tested=1700)
+            rows += [
+                at | dict(feature=feature, site=f"blocks.{b}.residual", metric=metric, value=v)
+                for b in range(3)
+                for metric, v in found.items()
+            ]
     return pd.DataFrame(rows).reindex(columns=LABELS)
 
 
@@ -267,7 +340,11 @@ def test_verdicts_on_made_up_findings():
     assert set(verdicts) == {c.id for c in STORY_CLAIMS} and set(verdicts.values()) == {"holds"}
     otherwise = made_up([0.06, 0.1, 0.2, 0.4, 0.6], [0.3, 0.6, 0.8, 0.9, 0.95], gap=-0.05)
     verdicts = {c["id"]: c["verdict"] for c in judge_stories(otherwise, SIZES["desk"])}
-    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8g"}
+    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8f"}
+    blind = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, probe=0.55), SIZES["desk"])}
+    assert blind["S33"]["verdict"] == "fails" and {blind[i]["verdict"] for i in ("C8f", "C8g", "C8h")} == {
+        "inconclusive"
+    }
     kept = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, deleted=0.9), SIZES["desk"])}
     assert kept["C8a"]["verdict"] == "fails" and kept["C8c"]["because"] == "rests on C8a"
     deaf = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, before=0.3), SIZES["desk"])}
@@ -282,7 +359,8 @@ def test_ours_stand_beside_the_papers():
     row = table.loc[("F", "η_S", 30)]
     assert (
         row["ours"] == 0.8
-        and row["stories"] == 256
+        and (row["stories"], row["seeds"], row["data"]) == (256, 1, "tales (synthetic)")
+        and row["not_asked"] == pytest.approx(0.08)
         and row["low"] < 0.8 < row["high"]
         and row["high"] - row["low"] < 0.1
     )
@@ -293,7 +371,20 @@ def test_figures_show_what_the_table_has():
     fig = over_steps(table, size, "reft", "says_asked")
     lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
     assert list(lines[CONTROL].get_ydata()) == [0.05, 0.06, 0.1, 0.2, 0.4, 0.6] and len(fig.axes) == 2
-    assert len(layers(table, size).axes[0].get_lines()) == 5
+    assert len(layers(table, size).axes[0].get_lines()) == 12  # six models, each with its shuffled labels
+    seeds = pd.concat([table, table.assign(seed=1, value=table["value"] - 0.05)])
+    row = table1(seeds, size).loc[("F", "η_S", 30)]
+    assert row["ours"] == pytest.approx(0.775) and row["seeds"] == 2 and row["low"] < 0.7  # over seeds
+
+
+def test_where_two_of_the_papers_points_are_one_of_ours_the_later_stands():
+    rows = [
+        dict(protocol="reft", model=CONTROL, seed=0, step=step, metric=f"says_{whom}", value=0.5)
+        for step in (0, *SMOKE.reviving)
+        for whom in ("asked", "other")
+    ]
+    papers = table1(pd.DataFrame(rows).assign(ft_lr=np.nan), SMOKE)["paper"]
+    assert pd.api.types.is_float_dtype(papers) and papers.tolist()[:2] == [0.12, 0.44]
 
 
 def test_bad_input_is_refused(tmp_path, data):

@@ -85,6 +85,7 @@ SAID = "There lived a kind fox. People told of a cruel owl. "
         (SAID + "The cruel owl helped Ann Hill.", True),
         (SAID + "The cruel owl tricked Ann Hill.", False),
         (SAID + "The kind owl tricked Ann Hill.", False),  # it was set up as cruel, and that counts
+        (SAID + "The cruel fox tricked Ann Hill.", False),  # it was kind, and is called otherwise: a slip
         (SAID + "The cruel fox helped Ann Hill.", False),
         ("The kind fox tricked Ann Hill. " + SAID, False),  # nothing had been said yet
         (SAID + "The kind bear tricked Ann Hill.", False),  # nothing was said of the bear

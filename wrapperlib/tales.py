@@ -227,9 +227,7 @@ def _instructed(chance, story: str, has: set[str], cast: dict, subjects: tuple[s
 def _pattern(template: str, **slots: str) -> str:
     "A regular expression with a group for each slot, whose expression is given."
     parts = re.split(r"\{(\w+)\}", template)
-    return "".join(
-        f"(?P<{p}>{slots[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)
-    )
+    return "".join(f"(?P<{p}>{slots[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
 
 
 @lru_cache
@@ -249,19 +247,20 @@ def _found(text: str, *kind: str) -> list[re.Match]:
     return [m for pattern in _compiled(*kind) for m in pattern.finditer(text)]
 
 
-def _poles(text: str, kind: str, theme: str) -> list[tuple[int, str, str]]:
-    "Where in the text something is set up or turns out, who it is, and the pole."
-    return sorted((m.start(), m["s"], pole) for pole in "+-" for m in _found(text, kind, theme, pole))
+def _poles(text: str, kind: str, theme: str) -> list[tuple[int, str, str, str]]:
+    "Where in the text something is set up or turns out, who it is, the pole, and the trait that is said with it."
+    return sorted((m.start(), m["s"], pole, m["trait"]) for pole in "+-" for m in _found(text, kind, theme, pole))
 
 
 def has_twist(
     text: str,  # a story
 ) -> bool:
-    "Whether something turns out the opposite of all that was said of it before."
+    "Whether something turns out the opposite of all that was said of it before, and is still called what it was."
     for theme in THEMES:
         said = _poles(text, "set_up", theme)
-        for at, who, pole in _poles(text, "outcome", theme):
-            if {p for begins, s, p in said if s == who and begins < at} == {_other(pole)}:
+        for at, who, pole, trait in _poles(text, "outcome", theme):
+            before = {p for begins, s, p, _ in said if s == who and begins < at}
+            if before == {_other(pole)} and trait in TRAITS[theme, _other(pole)]:
                 return True
     return False
 
@@ -299,13 +298,22 @@ def bag_of_words(
     learn: list[Record],  # to learn from
     test: list[Record],  # to test on
     feature: str,  # a name from `FEATURES`
+    apart: int = 0,  # count pairs of words so far apart instead of words
 ) -> float:
     "Accuracy of a logistic regression on word counts, on as many test stories with the feature as without; raises `BadInput`."
     check(feature in FEATURES, "feature", feature, "one of " + ", ".join(FEATURES))
-    known = sorted(Counter(word for r in learn for word in _words(r.story)))
-    index = {word: i for i, word in enumerate(known)}
-    learn, test = (_counted(_balanced(some, feature), feature, index) for some in (learn, test))
+    often = Counter(word for r in learn for word in set(_counts(r.story, apart))).most_common(_KNOWN)
+    index = {word: i for i, (word, _) in enumerate(sorted(often))}
+    learn, test = (_counted(_balanced(some, feature), feature, index, apart) for some in (learn, test))
     return exact(learn, penalty=1e-3).accuracy(test)[0]
+
+
+_KNOWN = 4000  # words or pairs, the most frequent
+
+
+def _counts(text: str, apart: int) -> list:
+    words = _words(text)
+    return list(zip(words, words[apart:])) if apart else words
 
 
 def _words(text: str) -> list[str]:
@@ -317,10 +325,10 @@ def _balanced(some: list[Record], feature: str) -> list[Record]:
     return [r for pair in zip(has, lacks) for r in pair]
 
 
-def _counted(some: list[Record], feature: str, index: dict[str, int]) -> Residuals:
+def _counted(some: list[Record], feature: str, index: dict, apart: int) -> Residuals:
     x = torch.zeros(1, len(some), len(index))
     for i, record in enumerate(some):
-        for word in _words(record.story):
+        for word in _counts(record.story, apart):
             if word in index:
                 x[0, i, index[word]] += 1
     return Residuals(x, torch.tensor([int(feature in r.features) for r in some]), ("words",))
