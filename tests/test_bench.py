@@ -114,7 +114,7 @@ TINY = {
     "bench_data": (dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
     "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
     "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
-    "bench_stories": (dict(tokens=8, texts=2, records=600), ["ratios"], ["tokenizers", "transformers"], 3),
+    "bench_stories": (dict(tokens=8, texts=2, records=600), ["ratios"], ["tokenizers", "transformers"], 4),
     "bench_sweep": (dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 7),
 }
 

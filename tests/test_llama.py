@@ -1,17 +1,18 @@
 "Llama against Hugging Face's; through the loop, the store and the sites; writing with and without a cache."
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
+from wrapperlib import deletion
 from wrapperlib.checks import BadInput
 from wrapperlib.llama import Cache, LlamaShape, generate
 from wrapperlib.model import change, read, site_names
 from wrapperlib.probing import residual_sites
 from wrapperlib.runs import Run, Store, sources_of, train_run, train_runs
-from wrapperlib.training import Measure, Recipe
+from wrapperlib.training import Measure, Recipe, train
 
 SMALL = LlamaShape(vocabulary=50, context=300, blocks=2, heads=2, width=16)
 
@@ -34,13 +35,14 @@ def ids():
 class Rising:
     "A stream of rows that count up from a random number."
 
+    tokens: int = 50
     row_length: int = 12
     domain = property(lambda self: self)
-    vocabulary = property(lambda self: range(50))
+    vocabulary = property(lambda self: range(self.tokens))
 
     def batch(self, n, seed, step, split="train"):
         chance = np.random.default_rng([*np.atleast_1d(seed), step, split == "test"])
-        return (chance.integers(0, 50, (n, 1)) + np.arange(12)) % 50
+        return (chance.integers(0, self.tokens, (n, 1)) + np.arange(self.row_length)) % self.tokens
 
 
 def theirs(shape, model):
@@ -87,6 +89,28 @@ def test_the_papers_shape_has_91_million_parameters():
     assert round((shape.vocabulary * shape.width + shape.width + 12 * block) / 1e6) == 91
     counted = sum(p.numel() for p in SMALL.model(0).parameters())
     assert counted == 50 * 16 + 16 + 2 * (2 * 16 + 4 * 16**2 + 3 * 16 * 64)
+
+
+def test_a_step_at_the_papers_shape():
+    "Of a whole row of 1,024 tokens; the batch alone is smaller."
+    paper = deletion.SIZES["paper"]
+    shape = LlamaShape(paper.vocabulary, paper.context, paper.blocks, paper.heads, paper.width)
+    model = shape.model(0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    log = train(model, Rising(8192, paper.length), replace(paper.pretraining, steps=1, batch=1), seed=0)
+    assert sum(p.numel() for p in model.parameters()) > 90e6 and abs(log[-1]["value"] - np.log(8192)) < 1
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.gpu
+def test_cuda_trains_and_writes_like_the_cpu(model):
+    recipe, logs = Recipe(steps=60, batch=16, lr=1e-2, warmup=0.1), []
+    for device in ("cpu", "cuda"):
+        log = train(SMALL.model(0), Rising(), recipe, 0, device=device)
+        logs.append([row["value"] for row in log if row["metric"] == "loss"])
+    assert logs[1] == pytest.approx(logs[0], rel=0.05, abs=0.05)
+    wanted = generate(model, [[1, 2], [3]], 20, temperature=0)
+    assert generate(model.cuda(), [[1, 2], [3]], 20, temperature=0) == wanted
 
 
 def test_the_last_position_alone_and_piece_by_piece_come_to_the_same(model, ids):
