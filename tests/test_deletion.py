@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,13 @@ from wrapperlib.deletion import (
     DELETIONS,
     FILES,
     LABELS,
+    REQUEST,
     SHAM,
     SIZES,
     Behaviour,
     Layers,
     Learned,
+    Request,
     _balanced,
     asked,
     corpus,
@@ -39,7 +42,7 @@ from wrapperlib.deletion import (
 from wrapperlib.runs import Store, train_all
 from wrapperlib.stories import END, FEATURES, features_of, load_tokenizer, tokens_of
 from wrapperlib.story_claims import STORY_CLAIMS, judge_stories, layers, over_steps, paper_table1, table1
-from wrapperlib.tales import Exactly, detect, source_tales
+from wrapperlib.tales import THEMES, TRAITS, WORDS, Exactly, detect, source_tales
 
 pytest.importorskip("tokenizers")
 SMOKE = SIZES["smoke"]
@@ -203,7 +206,7 @@ def test_the_table_of_findings(found):
     )
     assert start[4] == ways.query("model == 'F' and step == 0")["value"].item()
     read = table[table["metric"] == "accuracy"]
-    assert set(read["feature"]) == set(FEATURES) and set(read["site"]) == {
+    assert set(read["feature"]) == {*FEATURES, REQUEST} and set(read["site"]) == {
         "embed",
         "blocks.0.residual",
         "blocks.1.residual",
@@ -268,6 +271,33 @@ def test_probes_find_what_is_there(data):
     assert table[table["metric"] == "shuffled"]["value"].max() < 0.62
 
 
+def test_the_request_is_read_where_the_tale_turns_and_before_it_says_how(data, monkeypatch):
+    "What is read is a helper's name after a trait, which by itself tells nothing."
+    from wrapperlib import deletion
+
+    rows, ends = [], deletion._ends
+    monkeypatch.setattr(deletion, "_ends", lambda model, r, last: rows.extend(r) or ends(model, r, last))
+    model = pretraining(SMOKE, data).fresh_model().eval()
+    table = Request(data.shards["test", "all"], data.tokenizer).of(model, replace(SMOKE, length=250))
+    tokenizer = load_tokenizer(data.tokenizer)
+    for row in rows:
+        _, story = tokenizer.decode(row).split("Story:")
+        assert story.endswith(tuple(f" {word}" for theme in THEMES for word in WORDS[theme]))
+        assert any(trait in story.split()[-2:] for some in TRAITS.values() for trait in some)
+    embed = table[(table["site"] == "embed") & (table["metric"] == "accuracy")]["value"].item()
+    assert embed < 0.7
+
+
+def test_edited_shards_are_refused(tmp_path):
+    found = corpus(SMOKE, "tales", tmp_path)
+    file = next(Path(found.shards["train", "all"].folder).glob("*.tokens.npy"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BadInput, match=r"shard is .*tokens\.npy.*; allowed: the file that was written"):
+        corpus(SMOKE, "tales", tmp_path)
+
+
 def test_a_probe_learns_and_is_tested_on_different_stories_as_many_of_each_kind():
     has = torch.arange(100) % 3 == 0
     learn, test = (_balanced(has, half, 20) for half in (0, 1))
@@ -323,8 +353,8 @@ def made_up(asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, 
                 at | dict(metric="loss_twist_story", value=1.1 - share / 10),
             ]
         at |= dict(protocol=protocol, step=400)
-        for feature in ("Twist", "Foreshadowing"):
-            value = probe - gap * (model == CONTROL and feature == "Twist")
+        for feature in ("Twist", "Foreshadowing", REQUEST):
+            value = probe - gap * (model == CONTROL and feature != "Foreshadowing")
             found = dict(accuracy=value, shuffled=shuffled, tested=1700)
             rows += [
                 at | dict(feature=feature, site=f"blocks.{b}.residual", metric=metric, value=v)
@@ -340,11 +370,9 @@ def test_verdicts_on_made_up_findings():
     assert set(verdicts) == {c.id for c in STORY_CLAIMS} and set(verdicts.values()) == {"holds"}
     otherwise = made_up([0.06, 0.1, 0.2, 0.4, 0.6], [0.3, 0.6, 0.8, 0.9, 0.95], gap=-0.05)
     verdicts = {c["id"]: c["verdict"] for c in judge_stories(otherwise, SIZES["desk"])}
-    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8f"}
+    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8f", "C8j"}
     blind = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, probe=0.55), SIZES["desk"])}
-    assert blind["S33"]["verdict"] == "fails" and {blind[i]["verdict"] for i in ("C8f", "C8g", "C8h")} == {
-        "inconclusive"
-    }
+    assert blind["S33"]["verdict"] == "fails" and {blind[f"C8{i}"]["verdict"] for i in "fghjk"} == {"inconclusive"}
     kept = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, deleted=0.9), SIZES["desk"])}
     assert kept["C8a"]["verdict"] == "fails" and kept["C8c"]["because"] == "rests on C8a"
     deaf = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, before=0.3), SIZES["desk"])}

@@ -10,7 +10,7 @@ from wrapperlib.story_claims import STORY_CLAIMS
 
 pytest.importorskip("tokenizers")
 FEW = ("-p", "scale", "smoke", "-p", "deletions", "F F+RR", "-p", "rates", "M", "-p", "workers", "1")
-FIGURES = ("fig11", "foreshadowing", "dialogue", "badending", "moralvalue", "conflict")
+FIGURES = ("fig11", "request", "foreshadowing", "dialogue", "badending", "moralvalue", "conflict")
 FIGURES += tuple(
     f"{p}_{m}" for p in ("deletion", "reft") for m in ("loss_twist", "loss_twist_story", "says_asked", "says_other")
 )

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .claims import Claim, OneSeed, Value, _accuracy, _least, _most, interval, judge_all
-from .deletion import CONTROL, DELETIONS, RATES, SHAM, Size
+from .deletion import CONTROL, DELETIONS, RATES, REQUEST, SHAM, Size
 from .stories import OTHER, TWIST
 
 # %% ../nbs/24_story_claims.ipynb #2f10e68b
@@ -329,6 +329,32 @@ STORY_CLAIMS = (
         lambda t: _worst_read(t, OTHER),
         "negligible (Fig. 36–38)",
         rests_on=("S33",),
+    ),
+    Claim(
+        "S34",
+        "Where a tale turns, probes of the pretrained model read whether a twist was asked for.",
+        "accuracy of probes for the request over the later half of the blocks − that with shuffled labels, Present",
+        ">=",
+        0.10,
+        lambda t: _selective(t, REQUEST),
+    ),
+    Claim(
+        "C8j",
+        "They read it in deleted models better than in the control.",
+        "accuracy of probes for the request over the later half of the blocks, F+RR at η_S − Not in PT",
+        ">=",
+        0.02,
+        lambda t: _read(t, "F+RR", REQUEST, ft_rate="η_S") - _read(t, CONTROL, REQUEST, "pretraining"),
+        rests_on=("S34",),
+    ),
+    Claim(
+        "C8k",
+        "And nearly as well as before the deletion.",
+        "accuracy of probes for the request over the later half of the blocks, Present − the worst of the deletions at η_S",
+        "<=",
+        0.03,
+        lambda t: _worst_read(t, REQUEST),
+        rests_on=("S34", "C8j"),
     ),
     Claim(
         "C8i",
