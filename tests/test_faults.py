@@ -1,6 +1,7 @@
 "The promises, broken on purpose: a seeded sample of what `make faults` does."
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -209,9 +210,47 @@ def careless(folder):
             time.sleep(0.02)
 
 
+def fragile(folder, end):
+    "A work that fails at its first restart and succeeds at the next, and leaves the same as if nothing had been."
+    lives = folder / "lives"
+    folder.mkdir(parents=True, exist_ok=True)
+    lives.write_text(lives.read_text() + "." if lives.exists() else ".")
+    time.sleep(1)
+    if len(lives.read_text()) == 2:
+        print("something went wrong", file=sys.stderr)
+        end()
+    (folder / "results.csv").write_text("whole")
+
+
+def hopeless(folder):
+    "A work that succeeds where nobody can kill it, and nowhere else."
+    if folder.name != "unbroken":
+        raise ValueError("never")
+    time.sleep(1)  # so the others have failed when they should be killed
+
+
+def slain():
+    "As by the system, when there is no memory left."
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("end, code", [(partial(os._exit, 3), 3), (slain, -9)], ids=["by itself", "by another's kill"])
+def test_a_restart_that_fails_is_no_kill_survived_though_the_next_would_succeed(tmp_path, end, code):
+    found = faults.kill_often(partial(fragile, end=end), tmp_path, moments=1)
+    assert found["kills"] == 1 and found["survived"] == 0
+    assert f"exit code {code}: something went wrong" in found["failures"][-1]
+
+
+def test_a_work_that_fails_before_any_kill_is_reported_and_not_tried_for_ever(tmp_path):
+    found = faults.kill_often(hopeless, tmp_path, moments=1)
+    assert found["survived"] == 0 and len(found["failures"]) == found["lives"] <= 2
+    assert all("ValueError: never" in said for said in found["failures"])
+
+
 def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
     found = faults.kill_often(careless, tmp_path / "kills", moments=2)
     assert found["kills"] == 2 and found["survived"] == 0
+    assert all("differs from the unbroken one: mine/results.csv" in said for said in found["failures"])
     file = tmp_path / "mine.csv"
 
     def write_in_place():
@@ -227,27 +266,29 @@ def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
     path = trained.path(RUN) / "run.json"
     assert not faults.refused(path, path.read_bytes(), partial(trained.verify, RUN), tmp_path / "trace")
     assert not faults.is_a_sentence("something is wrong", "scale")
+    assert faults.memory_of(partial(trained.verify, RUN)) == math.inf
 
 
 @pytest.mark.parametrize(
-    "work",
+    "work, kills",
     [
-        partial(faults.pretrain, steps=60),
-        partial(faults.tune, steps=60),
-        partial(faults.grid, steps=30, seeds=2),
-        partial(faults.tokenise, tales=1000),
+        (partial(faults.pretrain, steps=60), 2),
+        (partial(faults.tune, steps=60), 2),
+        (partial(faults.grid, steps=30, seeds=2), 2),
+        (partial(faults.tokenise, tales=1000), 2),
+        (partial(faults.grid, steps=30, seeds=2, workers=2), 1),
     ],
-    ids=["pretraining", "fine-tuning", "sweep", "tokenisation"],
+    ids=["pretraining", "fine-tuning", "sweep", "tokenisation", "sweep of two workers"],
 )
-def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work):
-    found = faults.kill_often(work, tmp_path, moments=2, seed=1)
-    assert found["kills"] == found["survived"] == 2
+def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work, kills):
+    found = faults.kill_often(work, tmp_path, moments=kills, seed=1)
+    assert found["kills"] == found["survived"] == kills and not found["failures"], found["failures"]
 
 
 def test_an_experiment_is_killed_and_needs_no_network(tmp_path):
     away = tmp_path / "away"
     found = faults.kill_often(partial(faults.experiment, without=away), tmp_path / "kills", moments=1, seed=3)
-    assert found["kills"] == found["survived"] == 1
+    assert found["kills"] == found["survived"] == 1 and not found["failures"], found["failures"]
     assert len(set((away / "started").read_text().split())) >= 2  # kernels of those lives, and what they started
     assert not (away / "tried").exists()
     check_results(next((tmp_path / "kills" / "0").glob("out/exp_randft/smoke")))
@@ -271,13 +312,16 @@ for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: so
 
 
 @pytest.mark.parametrize("error", [faults.NO_SPACE, faults.READ_ONLY, faults.NO_PERMISSION], ids=str)
-def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, error):
-    for what, (work, intact) in faults.ways_of_writing(tmp_path).items():
-        outcomes = faults.fail_everywhere(work, intact, error)
-        assert all(map(all, outcomes.values())), (what, outcomes)
-        assert sum(map(len, outcomes.values())) >= 4
-        work()
-        assert intact()
+@pytest.mark.parametrize("what", ["a finished run", "a checkpoint", "results"])
+def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, what, error):
+    work, intact = faults.ways_of_writing(tmp_path)[what]
+    outcomes = faults.fail_everywhere(work, intact, error)
+    assert all(map(all, outcomes.values())), outcomes
+    assert sum(map(len, outcomes.values())) >= 4
+    if what == "results":  # three files come, and three go to earlier/
+        assert len(outcomes["replace"]) >= 6 and len(outcomes["rename"]) >= 3
+    work()
+    assert intact()
     check_results(tmp_path / "results")
 
 
@@ -375,22 +419,30 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, trained, monkeypatch):
 
 def test_two_writers_and_a_reader(tmp_path):
     for work, steps in ((faults.train_same, 2), (faults.put_same, 3)):
-        place = tmp_path / work.__name__
-        reader = faults.begun(faults.read_same, place, 4, steps)
-        assert faults.two_writers(work, place, 4)
-        reader.join()
-        assert reader.exitcode == 0 and not faults.leftovers(place)
-        assert len(list((place / "runs").glob("*-*/run.json"))) == 4
+        assert faults.raced(work, tmp_path / work.__name__, 4, steps) == [True] * 4
+
+
+def put_one_that_is_my_own(folder, times):
+    "A work whose second run depends on who writes it."
+    for seed in range(times):
+        run = replace(faults.a_run(3), seed=seed, measures=())
+        model = run.fresh_model()
+        if seed == 1 and folder.name == "together":
+            with torch.no_grad():
+                model.head.weight[0, 0] += 1e-6
+        Store(folder / "runs").put(run, model, [], dict(seconds=0, devices=["cpu"]))
+
+
+def test_each_run_of_two_writers_is_compared_with_that_of_one_alone(tmp_path):
+    outcomes = faults.raced(put_one_that_is_my_own, tmp_path / "own", 3, 3)
+    assert sorted(outcomes) == [False, True, True]
+    found = faults.tried(1, "two writers", partial(faults.raced, faults.pretrain, tmp_path / "two", "no number", 3))
+    assert (found["tried"], found["held"]) == (1, 0) and "BadInput: steps is 'no number'" in found["note"]
 
 
 def test_two_who_publish_lose_nothing(tmp_path):
-    assert faults.two_writers(faults.publish_often, tmp_path, 6)
-    place = tmp_path / "results"
-    check_results(place)
-    tables = {p.read_text() for p in place.rglob("results.csv")}
-    assert len(tables) == 2 * 3 and not faults.leftovers(place)
-    for folder in (place / "earlier").iterdir():
-        check_results(folder)
+    assert faults.both_published(tmp_path, 6) == [True] * 12
+    assert not faults.leftovers(tmp_path) and len(list((tmp_path / "results" / "earlier").iterdir())) == 11
 
 
 # Wrong input

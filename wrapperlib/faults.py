@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pickled_program', 'announcing', 'program_announcing',
-           'with_nan', 'damages', 'refused', 'kept_files', 'begun', 'done', 'apart', 'killed_after', 'contents',
-           'leftovers', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid', 'tokenise', 'experiment', 'failing',
-           'fail_everywhere', 'ways_of_writing', 'train_same', 'put_same', 'publish_often', 'read_same', 'two_writers',
-           'offline', 'wrong_parameters', 'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'row', 'forge', 'fill',
-           'memory_over', 'memory_of']
+           'with_nan', 'damages', 'refused', 'kept_files', 'Failed', 'begun', 'ended', 'done', 'apart', 'killed_after',
+           'contents', 'leftovers', 'show_kills', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid', 'tokenise',
+           'experiment', 'failing', 'fail_everywhere', 'published', 'ways_of_writing', 'train_same', 'put_same',
+           'publish_often', 'read_same', 'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters',
+           'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'row', 'tried', 'forge', 'fill', 'memory_over',
+           'memory_of']
 
 # %% ../nbs/25_faults.ipynb #fa000002
 import builtins
@@ -30,6 +31,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from unittest.mock import patch
 
 import torch
@@ -38,7 +40,7 @@ from safetensors.torch import save as to_bytes
 
 from . import compiled, pruning, runs, sweep
 from .analysis import Probing, look_at
-from .checks import BadInput, NotWritten, check
+from .checks import BadInput, NotWritten
 from .grammar import Grammar, sampler
 from .letters import Letters
 from .model import GPT, Shape
@@ -178,12 +180,16 @@ def _processes():
     return context
 
 
-def _in_group(work: Callable, arguments: tuple) -> None:
+class Failed(RuntimeError):
+    "A work came to an end of its own that is no success. The message has its exit code and the last it said."
+
+
+def _in_group(said: str, work: Callable, arguments: tuple) -> None:
     os.setsid()  # so that a kill reaches the processes it has started, too
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, open(said, "a") as errors:
         os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+        os.dup2(errors.fileno(), 2)
     work(*arguments)
 
 
@@ -192,9 +198,23 @@ def begun(
     *arguments,  # its arguments
 ):
     "A process that does the work, in silence."
-    process = _processes().Process(target=_in_group, args=(work, arguments))
+    said = NamedTemporaryFile()  # noqa: SIM115 (it goes when the process is forgotten)
+    process = _processes().Process(target=_in_group, args=(said.name, work, arguments))
     process.start()
+    process.said = said  # its errors
     return process
+
+
+def ended(
+    process,  # as from `begun`
+    *codes: int,  # allowed besides 0; -9 is that of a process that was killed
+) -> int:
+    "Wait for the process; its exit code. Raises `Failed` for one that is not allowed."
+    process.join()
+    if process.exitcode not in (0, *codes):
+        last = Path(process.said.name).read_bytes()[-2000:].decode("utf-8", "replace").strip()
+        raise Failed(f"exit code {process.exitcode}: {last or 'nothing was said'}")
+    return process.exitcode
 
 
 def done(
@@ -215,14 +235,14 @@ def apart(
     work: Callable,  # as for `begun`
     *arguments,  # its arguments
 ):
-    "What the work returns, in a process of its own."
+    "What the work returns, in a process of its own. Raises `Failed`."
     ours, theirs = _processes().Pipe()
     process = begun(_answer, theirs, work, arguments)
     theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
+    with suppress(EOFError):  # it ended without an answer
+        answer = ours.recv()
+    ended(process)
+    return answer
 
 
 def killed_after(
@@ -230,16 +250,15 @@ def killed_after(
     work: Callable,  # as for `begun`
     *arguments,  # its arguments
 ) -> bool:
-    "Begin the work and kill it; whether that was before its end."
+    "Begin the work and kill it; whether that was before its end. Raises `Failed` if it had failed by then."
     process = begun(work, *arguments)
     process.join(seconds)
     if process.exitcode is not None:
-        return False
+        return bool(ended(process))
     with suppress(ProcessLookupError):  # it may not have its group yet
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+    return ended(process, -signal.SIGKILL) != 0
 
 # %% ../nbs/25_faults.ipynb #fa00000c
 def contents(
@@ -263,28 +282,61 @@ def leftovers(
     return [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".checkpoint"]
 
 
+def _live(work: Callable, folder: Path, moments: Iterable[float], killed: list[float]) -> dict[str, str]:
+    "Kill the work at each moment, noted in `killed`, until it ends before one; what it leaves. Raises `Failed`."
+    before = {}
+    for moment in moments:
+        if not killed_after(moment, work, folder):
+            break
+        killed.append(moment)
+        now = _finished(folder)
+        _equal(before, {name: now.get(name) for name in before}, "had finished, and was lost or altered")
+        before = now
+    ended(begun(work, folder))
+    if left := leftovers(folder):
+        raise Failed(f"left over: {', '.join(map(str, left))}")
+    return contents(folder)
+
+
+def _equal(ours: dict, theirs: dict, what: str) -> None:
+    if differ := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+        raise Failed(f"{what}: {', '.join(differ)}")
+
+
+def show_kills(
+    line: runs.Line,  # of progress
+    what: str,  # is killed
+    kills: int,  # so far
+) -> None:
+    "Show how many kills there were, and the time left."
+    line.finished = kills
+    line.show(kills, what)
+
+
 def kill_often(
     work: Callable[[Path], None],  # as for `begun`; goes on with what is in its folder
     place: Path,  # an empty folder
     moments: int,  # how many kills
     seed: int = 0,  # of the moments
+    report: Callable[[int], None] = lambda kills: None,  # called now and then with the number of kills so far
 ) -> dict:
-    "Kill, restart, compare. Returns kills, and how many of them were survived: nothing that had finished lost, the end equal, nothing left over; seconds it takes unbroken, and lives."
-    whole, chance = place / "unbroken", random.Random(seed)
+    """Kill, restart, compare. Returns kills; how many of them were survived: nothing that had finished lost, the end equal, nothing left over;
+    failures, a text for each life with one, whether it was killed or not; seconds it takes unbroken, and lives. Raises `Failed` if it fails unbroken."""
+    chance, kills, survived, failures = random.Random(seed), 0, 0, []
     done(time.sleep, 0)  # the server has begun by then
     began = time.monotonic()
-    check(done(work, whole), "work", work, "work that succeeds when nobody kills it")
-    seconds, expected = time.monotonic() - began, contents(whole)
-    kills = survived = lives = 0
-    while kills < moments:
-        folder, here, kept, before = place / str(lives), 0, True, {}
-        while kills + here < moments and killed_after(chance.uniform(0, seconds), work, folder):
-            here, now = here + 1, _finished(folder)
-            kept, before = kept and before.items() <= now.items(), now
-        ended = done(work, folder)
-        same = ended and kept and contents(folder) == expected and not leftovers(folder)
-        kills, survived, lives = kills + here, survived + here * same, lives + 1
-    return dict(kills=kills, survived=survived, seconds=seconds, lives=lives)
+    ended(begun(work, place / "unbroken"))
+    seconds, expected, life = time.monotonic() - began, contents(place / "unbroken"), 0
+    while kills < moments and len(failures) <= moments:  # a work that always fails is not killed
+        killed, when = [], (chance.uniform(0, seconds) for _ in range(moments - kills))
+        try:
+            _equal(expected, _live(work, place / str(life), when, killed), "differs from the unbroken one")
+            survived += len(killed)
+        except Failed as e:
+            failures.append(f"life {life}, killed {len(killed)} times: {e}")
+        kills, life = kills + len(killed), life + 1
+        report(kills)
+    return dict(kills=kills, survived=survived, failures=failures, seconds=seconds, lives=life)
 
 # %% ../nbs/25_faults.ipynb #fa00000e
 _OFTEN = 0.05  # seconds between checkpoints
@@ -322,12 +374,20 @@ def grid(
     folder: Path,  # of results
     steps: int = 100,  # of each run
     seeds: int = 4,  # how many runs
+    workers: int = 1,  # processes; more than one are a pool
 ) -> None:
     "A work: a grid of runs, and the table that is published of it."
-    with patch.object(runs, "train_runs", partial(runs.train_runs, save_every=_OFTEN)):
+    often = partial(runs.train_runs, save_every=_OFTEN)
+    with patch.object(runs, "train_runs", often), patch.object(runs, "_begin_worker", _begin_often):
         asked = {"scale": "smoke", "prior": "L", "seed": [*range(seeds)], "recipe.steps": steps}
-        table = sweep.sweep(Store(folder / "runs"), "pretraining", asked, workers=1)
+        table = sweep.sweep(Store(folder / "runs"), "pretraining", asked, workers=workers)
         runs.publish(folder / "grid", table, {}, runs.provenance(asked, {}))
+
+
+def _begin_often(*given) -> None:
+    "What a worker begins with: it imports the library anew, so here it is told again to save often."
+    runs.train_run = partial(runs.train_run, save_every=_OFTEN)
+    runs._begin_worker(*given)
 
 
 def tokenise(
@@ -429,6 +489,14 @@ def fail_everywhere(
     return outcomes
 
 
+def published(
+    folder: Path,  # of results
+) -> set[tuple[str, str]]:
+    "Every file of results here and in earlier/: name and digest."
+    there = [p for p in folder.rglob("*") if p.is_file() and ".new-" not in str(p.relative_to(folder))]
+    return {(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in there}
+
+
 def ways_of_writing(
     folder: Path,  # an empty one
 ) -> dict[str, tuple[Callable, Callable]]:
@@ -454,12 +522,16 @@ def ways_of_writing(
         store.save_partial(half, Progress(2, dict(x=torch.zeros(3)), []), facts)
 
     def publish():
-        runs.publish(place, table * next(numbers), {}, dict(parameters={}), [])
+        k = next(numbers)
+        runs.publish(place, table * k, {}, dict(parameters={}), [dict(number=k)])
 
     def publish_intact():
-        tables = {p.read_text() for p in place.rglob("results.csv")}  # here or in earlier/, all that were ever whole
-        grown, seen[:] = {*seen} <= tables, tables
-        return grown and not leftovers(place)
+        "Here all is whole, and what was ever whole here is here or in earlier/."
+        files = published(place)
+        grown, seen[:] = {*seen} <= files, files
+        with suppress(BadInput):
+            return bool(runs.check_results(place)) and grown and not leftovers(place)
+        return False
 
     seen = []
     save()
@@ -498,7 +570,7 @@ def publish_often(
     import pandas as pd
 
     for k in range(times):
-        runs.publish(folder / "results", pd.DataFrame(dict(value=[k % 3, os.getpid()])), {}, dict(parameters={}))
+        runs.publish(folder / "results", pd.DataFrame(dict(value=[k, os.getpid()])), {}, dict(parameters={}))
 
 
 def read_same(
@@ -522,12 +594,44 @@ def two_writers(
     work: Callable,  # of a folder and a number
     folder: Path,  # an empty one
     times: int,  # the number
-) -> bool:
-    "Two processes do the same at the same time; whether both succeed."
+) -> list[int]:
+    "Two processes do the same at the same time; their numbers. Raises `Failed`."
     both = [begun(work, folder, times) for _ in range(2)]
     for process in both:
-        process.join()
-    return all(process.exitcode == 0 for process in both)
+        ended(process)
+    return [process.pid for process in both]
+
+
+def raced(
+    work: Callable,  # that keeps as many runs, as `train_same`
+    folder: Path,  # an empty one
+    times: int,  # how many runs
+    steps: int,  # of each
+) -> list[bool]:
+    "Two writers and a reader: for each run whether it is that of a writer who was alone, bit for bit. Raises `Failed` for one of the three."
+    alone, together = folder / "alone", folder / "together"
+    ended(begun(work, alone, times))
+    reader = begun(read_same, together, times, steps)
+    two_writers(work, together, times)
+    ended(reader)
+    if left := leftovers(together):
+        raise Failed(f"left over: {', '.join(map(str, left))}")
+    ours, theirs = contents(alone), contents(together)
+    addresses = sorted({Path(name).parent for name in ours})
+    return [all(ours[name] == theirs.get(name) for name in ours if Path(name).parent == one) for one in addresses]
+
+
+def both_published(
+    folder: Path,  # an empty one
+    times: int,  # how often each of the two publishes
+) -> list[bool]:
+    "Two publish other results each time in one folder: for each time whether that is there whole, or in earlier/. Raises `Failed`, `BadInput`."
+    processes = two_writers(publish_often, folder, times)
+    whole = set()
+    for path in folder.rglob("provenance.json"):
+        runs.check_results(path.parent)
+        whole.add((path.parent / "results.csv").read_text())
+    return [f"value\n{k}\n{process}\n" in whole for process in processes for k in range(times)]
 
 # %% ../nbs/25_faults.ipynb #fa000017
 _OFFLINE = """
@@ -738,6 +842,19 @@ def row(
     return dict(promise=promise, what=what, tried=len(outcomes), held=sum(map(bool, outcomes)), note=note)
 
 
+def tried(
+    promise: int,  # as for `row`
+    what: str,  # was done
+    attempt: Callable[[], Iterable[bool]],  # returns the outcomes, or raises why there are none
+    note: str = "",  # what else is to be known
+) -> dict:
+    "The row of an attempt; one that raises is one that did not hold, and the note says why."
+    try:
+        return row(promise, what, attempt(), note)
+    except Exception as e:
+        return row(promise, what, [False], f"{type(e).__name__}: {e}")
+
+
 def forge(
     store: Store,  # where a finished run lies
     run: Run,  # that run
@@ -785,9 +902,11 @@ def memory_over(
 
 def memory_of(
     work: Callable[[], None],  # raises `BadInput`
-) -> int:
-    "How many bytes of memory this process needed for being refused, beyond what it had used before."
+) -> float:
+    "How many bytes of memory this process needed for being refused, beyond what it had used before; infinitely many if it was not refused."
     before = peak_memory()
-    with suppress(BadInput):
+    try:
         work()
-    return peak_memory() - before
+    except BadInput:
+        return peak_memory() - before
+    return math.inf
