@@ -79,6 +79,12 @@ def test_a_damaged_file_is_named_and_neither_executed_nor_changed(files, tmp_pat
             use()
 
 
+def test_a_plausible_number_edited_by_hand_is_named(files, tmp_path):
+    for what, (path, use) in files.items():
+        if what != "a compiled program":  # that has no checksum
+            assert faults.refused(path, faults.edited(path.read_bytes()), use, tmp_path / "was executed"), what
+
+
 @pytest.mark.parametrize("how", ["a pickle", "announcing terabytes", "not finite", "of another shape", "another's"])
 def test_weights_whose_record_was_forged_to_fit_are_refused_all_the_same(store, tmp_path, how):
     trace, data = tmp_path / "was executed", (store.path(RUN) / "weights.safetensors").read_bytes()

@@ -135,7 +135,6 @@ def damages(
         "announcing terabytes": lambda data: announcing(2**20, 2**20),
         "brackets in brackets": lambda data: b"[" * 100_000,
         "a byte more": lambda data: data + b"\0",
-        "a number edited by hand": edited,
     }
 
 # %% ../nbs/25_faults.ipynb #fa000008
@@ -579,9 +578,14 @@ def ways_of_writing(
     }
 
 # %% ../nbs/25_faults.ipynb #f67a0a16
-def _die(work: Callable, folder: Path, step: str, after: int) -> None:
-    with failing(step, None, after):
-        work(folder)
+def _forked(work: Callable, folder: Path, step: str = "open", after: float = math.inf) -> int:
+    "The exit code of a fork of this process that does the work, and ends at a call."
+    if (child := os.fork()) == 0:
+        with suppress(Exception), failing(step, None, after):
+            work(folder)
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _files(folder: Path) -> set:
@@ -591,22 +595,28 @@ def _files(folder: Path) -> set:
 def die_everywhere(
     work: Callable[[Path], None],  # as for `begun`; writes something, and goes on with what it finds
     place: Path,  # an empty folder
-    before: Callable[[Path], None] = lambda folder: None,  # writes what the work finds at first
+    before: Callable[[Path], object] = Path,  # writes what the work finds at first; by default nothing
     state: Callable[[Path], set] = _files,  # what there is in a folder
 ) -> dict[str, list[bool]]:
     "Let the process that does the work end at each call of each step of writing in turn, and do it again: step → whether, each time, what was there before stayed, and the end is that of an unbroken work."
+    return apart(_die_everywhere, work, place, before, state)  # what has trained a model cannot train in a fork
+
+
+def _die_everywhere(work: Callable, place: Path, before: Callable, state: Callable) -> dict[str, list[bool]]:
     before(place / "unbroken")
-    ended(begun(work, place / "unbroken"))
+    _forked(work, place / "unbroken")
     expected, outcomes = state(place / "unbroken"), {step: [] for step in WRITING}
     for step in WRITING:
         for after in itertools.count():
             folder = place / f"{step} {after}"
             before(folder)
-            had = state(folder)
-            if ended(begun(_die, work, folder, step, after), _DIED) == 0:
+            had, code = state(folder), _forked(work, folder, step, after)
+            if code == 0:
                 break
-            kept, again = had <= state(folder), done(work, folder)
+            kept, again = code == _DIED and had <= state(folder), _forked(work, folder) == 0
             outcomes[step].append(kept and again and state(folder) == expected and not leftovers(folder))
+            if code != _DIED:
+                break
     return outcomes
 
 
@@ -619,10 +629,11 @@ def checkpoints(
 
 def ways_of_dying() -> dict[str, Callable]:
     "What the library writes: name → `die_everywhere`, of a folder."
-    put = dict(work=partial(put_same, times=2), before=partial(put_same, times=1))
-    publish = dict(work=partial(publish_one, k=1), before=partial(publish_one, k=0), state=published)
-    works = {"a finished run": put, "checkpoints": dict(work=checkpoints), "results": publish}
-    return {name: partial(die_everywhere, **work) for name, work in works.items()}
+    return {
+        "a finished run": partial(die_everywhere, partial(put_same, times=2), before=partial(put_same, times=1)),
+        "checkpoints": partial(die_everywhere, checkpoints),
+        "results": partial(die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published),
+    }
 
 
 # %% ../nbs/25_faults.ipynb #2bf548e1
