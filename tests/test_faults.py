@@ -1,6 +1,7 @@
 "The promises, broken on purpose: a seeded sample of what `make faults` does."
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,9 +28,9 @@ from wrapperlib.claims import page
 from wrapperlib.compiled import load_weights
 from wrapperlib.grammar import Grammar, Sampler, recognise
 from wrapperlib.protocols import SCALES
-from wrapperlib.runs import Store, check_results, publish, train_all, train_run
+from wrapperlib.runs import Store, check_results, publish, train_run
 from wrapperlib.tasks import PRIORS, Domain, Natural, decode
-from wrapperlib.training import NotFinite, Recipe, accuracy, log_spaced, rate, train
+from wrapperlib.training import Recipe, log_spaced, rate, train
 
 NOTEBOOKS = [*sorted(REPO.glob("nbs/exp_*.ipynb")), *sorted(REPO.glob("nbs/bench_*.ipynb"))]
 RUN, SMOKE, QUESTION = faults.a_run(3), SCALES["smoke"], Probing(samples=64, literal=0)
@@ -76,6 +77,12 @@ def test_a_damaged_file_is_named_and_neither_executed_nor_changed(files, tmp_pat
     for what, (_, use) in files.items():
         if what != "checkpoint":
             use()
+
+
+def test_a_plausible_number_edited_by_hand_is_named(files, tmp_path):
+    for what, (path, use) in files.items():
+        if what != "a compiled program":  # that has no checksum
+            assert faults.refused(path, faults.edited(path.read_bytes()), use, tmp_path / "was executed"), what
 
 
 @pytest.mark.parametrize("how", ["a pickle", "announcing terabytes", "not finite", "of another shape", "another's"])
@@ -150,14 +157,8 @@ def test_a_link_out_of_the_store_is_refused_and_what_it_leads_to_is_left_alone(s
     assert own.read_text() == "mine" and not store.finished(other)
 
 
-def test_a_record_of_another_version_is_refused(store):
-    record = store.path(RUN) / "run.json"
-    about = json.loads(record.read_text())
-    about["config"]["recipe"]["added_later"] = 1
-    about["checksum"] = runs._checksum(about)
-    record.write_text(json.dumps(about))
-    with pytest.raises(BadInput, match="the record of the run that its folder is named after"):
-        train_all(store, [RUN], quiet=True)
+def test_a_record_of_another_version_is_refused_or_left_alone(tmp_path):
+    assert faults.other_versions(tmp_path) == [True, True]
 
 
 def test_results_edited_by_hand_are_named(tmp_path):
@@ -209,9 +210,47 @@ def careless(folder):
             time.sleep(0.02)
 
 
+def fragile(folder, end):
+    "A work that fails at its first restart and succeeds at the next, and leaves the same as if nothing had been."
+    lives = folder / "lives"
+    folder.mkdir(parents=True, exist_ok=True)
+    lives.write_text(lives.read_text() + "." if lives.exists() else ".")
+    time.sleep(1)
+    if len(lives.read_text()) == 2:
+        print("something went wrong", file=sys.stderr)
+        end()
+    (folder / "results.csv").write_text("whole")
+
+
+def hopeless(folder):
+    "A work that succeeds where nobody can kill it, and nowhere else."
+    if folder.name != "unbroken":
+        raise ValueError("never")
+    time.sleep(1)  # so the others have failed when they should be killed
+
+
+def slain():
+    "As by the system, when there is no memory left."
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("end, code", [(partial(os._exit, 3), 3), (slain, -9)], ids=["by itself", "by another's kill"])
+def test_a_restart_that_fails_is_no_kill_survived_though_the_next_would_succeed(tmp_path, end, code):
+    found = faults.kill_often(partial(fragile, end=end), tmp_path, moments=1)
+    assert found["kills"] == 1 and found["survived"] == 0
+    assert f"exit code {code}: something went wrong" in found["failures"][-1]
+
+
+def test_a_work_that_fails_before_any_kill_is_reported_and_not_tried_for_ever(tmp_path):
+    found = faults.kill_often(hopeless, tmp_path, moments=1)
+    assert found["survived"] == 0 and len(found["failures"]) == found["lives"] <= 2
+    assert all("ValueError: never" in said for said in found["failures"])
+
+
 def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
     found = faults.kill_often(careless, tmp_path / "kills", moments=2)
     assert found["kills"] == 2 and found["survived"] == 0
+    assert all("differs from the unbroken one: mine/results.csv" in said for said in found["failures"])
     file = tmp_path / "mine.csv"
 
     def write_in_place():
@@ -227,27 +266,29 @@ def test_who_breaks_things_notices_that_they_break(tmp_path, trained):
     path = trained.path(RUN) / "run.json"
     assert not faults.refused(path, path.read_bytes(), partial(trained.verify, RUN), tmp_path / "trace")
     assert not faults.is_a_sentence("something is wrong", "scale")
+    assert faults.memory_of(partial(trained.verify, RUN)) == math.inf
 
 
 @pytest.mark.parametrize(
-    "work",
+    "work, kills",
     [
-        partial(faults.pretrain, steps=60),
-        partial(faults.tune, steps=60),
-        partial(faults.grid, steps=30, seeds=2),
-        partial(faults.tokenise, tales=1000),
+        (partial(faults.pretrain, steps=60), 2),
+        (partial(faults.tune, steps=60), 2),
+        (partial(faults.grid, steps=30, seeds=2), 2),
+        (partial(faults.tokenise, tales=1000), 2),
+        (partial(faults.grid, steps=30, seeds=2, workers=2), 1),
     ],
-    ids=["pretraining", "fine-tuning", "sweep", "tokenisation"],
+    ids=["pretraining", "fine-tuning", "sweep", "tokenisation", "sweep of two workers"],
 )
-def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work):
-    found = faults.kill_often(work, tmp_path, moments=2, seed=1)
-    assert found["kills"] == found["survived"] == 2
+def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work, kills):
+    found = faults.kill_often(work, tmp_path, moments=kills, seed=1)
+    assert found["kills"] == found["survived"] == kills and not found["failures"], found["failures"]
 
 
 def test_an_experiment_is_killed_and_needs_no_network(tmp_path):
     away = tmp_path / "away"
     found = faults.kill_often(partial(faults.experiment, without=away), tmp_path / "kills", moments=1, seed=3)
-    assert found["kills"] == found["survived"] == 1
+    assert found["kills"] == found["survived"] == 1 and not found["failures"], found["failures"]
     assert len(set((away / "started").read_text().split())) >= 2  # kernels of those lives, and what they started
     assert not (away / "tried").exists()
     check_results(next((tmp_path / "kills" / "0").glob("out/exp_randft/smoke")))
@@ -271,14 +312,36 @@ for reach in (lambda: socket.create_connection(("192.0.2.1", 80), 1), lambda: so
 
 
 @pytest.mark.parametrize("error", [faults.NO_SPACE, faults.READ_ONLY, faults.NO_PERMISSION], ids=str)
-def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, error):
-    for what, (work, intact) in faults.ways_of_writing(tmp_path).items():
-        outcomes = faults.fail_everywhere(work, intact, error)
-        assert all(map(all, outcomes.values())), (what, outcomes)
-        assert sum(map(len, outcomes.values())) >= 4
-        work()
-        assert intact()
+@pytest.mark.parametrize("once", [False, True], ids=["and all that follow", "alone"])
+@pytest.mark.parametrize("what", ["a finished run", "a checkpoint", "results"])
+def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, what, once, error):
+    work, intact = faults.ways_of_writing(tmp_path, here=once)[what]
+    outcomes = faults.fail_everywhere(work, intact, error, once)
+    assert all(map(all, outcomes.values())), outcomes
+    assert sum(map(len, outcomes.values())) >= 4
+    if what == "results":  # three files are written, and then put in their places
+        assert len(outcomes["replace"]) >= 6 and len(outcomes["rename"]) >= 1
+    work()
+    assert intact()
     check_results(tmp_path / "results")
+
+
+@pytest.mark.parametrize("what", faults.ways_of_dying())
+def test_a_process_that_ends_anywhere_in_a_write_leaves_what_was_there_and_can_go_on(tmp_path, what):
+    outcomes = faults.ways_of_dying()[what](tmp_path)
+    assert all(map(all, outcomes.values())), outcomes
+    assert all(len(outcomes[step]) >= 3 for step in ("open", "write", "fsync", "replace")), outcomes
+
+
+def test_who_ends_in_the_middle_of_a_careless_write_is_noticed(tmp_path):
+    outcomes = faults.die_everywhere(in_place, tmp_path, before=in_place)
+    assert outcomes["write"] == [False]
+
+
+def in_place(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "results.csv", "w") as file:
+        file.write("a long line")
 
 
 def test_a_result_that_cannot_be_written_leaves_the_one_before_where_it_was(tmp_path):
@@ -293,43 +356,21 @@ def test_a_result_that_cannot_be_written_leaves_the_one_before_where_it_was(tmp_
 # Disks
 
 
-@pytest.fixture
-def disk(tmp_path):
-    "A disk of one megabyte."
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place]).returncode:
-        pytest.skip("only root can make a small disk")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+@pytest.fixture(params=["as root", "as another"])
+def disk(tmp_path, request, monkeypatch):
+    "One of a megabyte, or, where it cannot be mounted, one on which calls fail."
+    if request.param == "as another":
+        monkeypatch.setattr(os, "geteuid", lambda: 1)
+    with faults.Disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_a_sentence_and_what_was_trained_goes_on(disk):
-    store, run = Store(disk / "runs"), replace(faults.a_run(30), measures=())
-    filler = disk / "filler"
+    assert faults.train_on_a_full_disk(disk) == [True] * 4
 
-    def fill(step):
-        if step == 10:
-            with pytest.raises(OSError, match="No space"):
-                filler.write_bytes(b"x" * 2**20)
 
-    with pytest.raises(NotWritten, match=r"cannot be written \(No space left on device\)"):
-        train_run(store, run, report=fill, save_every=0)
-    standing = store.checkpoint(run)[0]
-    assert standing.step == 9 and not store.finished(run)
-    filler.unlink()
-    train_run(store, run)
-    assert store.meta(run)["resumed_at"] == 9 and not faults.leftovers(store.root)
-    alone = Store(disk.parent / "alone")
-    train_run(alone, run)
-    assert faults.contents(alone.root) == faults.contents(store.root)
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    assert train_all(store, [run], quiet=True)["trained"] == 0  # what is there can be used
-    store.model(run)
-    with pytest.raises(NotWritten, match="Read-only file system"):
-        train_all(store, [faults.a_run(31)], workers=1, quiet=True)
-    assert "(Read-only file system)" in faults.refusal(REPO / "nbs/exp_revival.ipynb", dict(out=str(disk / "new")))
+def test_what_is_on_a_read_only_disk_can_be_used_and_nothing_else(disk):
+    assert faults.use_what_is_read_only(disk) == [True] * 3
 
 
 def test_no_permission_is_a_sentence(tmp_path):
@@ -356,18 +397,8 @@ def test_a_store_that_vanishes_meanwhile_is_made_again(tmp_path, trained):
     assert faults.contents(store.root) == faults.contents(trained.root)
 
 
-def test_a_clock_that_jumps_changes_nothing(tmp_path, trained, monkeypatch):
-    jumping = iter([2e9, 1e9, 0.0] * 1000)
-    monkeypatch.setattr(runs.time, "time", lambda: next(jumping))
-    gmtime = time.gmtime
-    monkeypatch.setattr(runs.time, "gmtime", lambda *s: gmtime(*(s or [next(jumping)])))
-    store = Store(tmp_path / "runs")
-    train_run(store, RUN, save_every=0)
-    for k in range(4):
-        publish(tmp_path / "results", NUMBERS * k, {}, {})
-    monkeypatch.undo()
-    assert faults.contents(store.root) == faults.contents(trained.root)
-    assert len(list((tmp_path / "results" / "earlier").iterdir())) == 3
+def test_a_clock_that_jumps_changes_nothing(tmp_path):
+    assert faults.work_while_the_clock_jumps(tmp_path) == [True, True]
 
 
 # Two writers
@@ -375,22 +406,30 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, trained, monkeypatch):
 
 def test_two_writers_and_a_reader(tmp_path):
     for work, steps in ((faults.train_same, 2), (faults.put_same, 3)):
-        place = tmp_path / work.__name__
-        reader = faults.begun(faults.read_same, place, 4, steps)
-        assert faults.two_writers(work, place, 4)
-        reader.join()
-        assert reader.exitcode == 0 and not faults.leftovers(place)
-        assert len(list((place / "runs").glob("*-*/run.json"))) == 4
+        assert faults.raced(work, tmp_path / work.__name__, 4, steps) == [True] * 4
+
+
+def put_one_that_is_my_own(folder, times):
+    "A work whose second run depends on who writes it."
+    for seed in range(times):
+        run = replace(faults.a_run(3), seed=seed, measures=())
+        model = run.fresh_model()
+        if seed == 1 and folder.name == "together":
+            with torch.no_grad():
+                model.head.weight[0, 0] += 1e-6
+        Store(folder / "runs").put(run, model, [], dict(seconds=0, devices=["cpu"]))
+
+
+def test_each_run_of_two_writers_is_compared_with_that_of_one_alone(tmp_path):
+    outcomes = faults.raced(put_one_that_is_my_own, tmp_path / "own", 3, 3)
+    assert sorted(outcomes) == [False, True, True]
+    found = faults.tried(1, "two writers", partial(faults.raced, faults.pretrain, tmp_path / "two", "no number", 3))
+    assert (found["tried"], found["held"]) == (1, 0) and "BadInput: steps is 'no number'" in found["note"]
 
 
 def test_two_who_publish_lose_nothing(tmp_path):
-    assert faults.two_writers(faults.publish_often, tmp_path, 6)
-    place = tmp_path / "results"
-    check_results(place)
-    tables = {p.read_text() for p in place.rglob("results.csv")}
-    assert len(tables) == 2 * 3 and not faults.leftovers(place)
-    for folder in (place / "earlier").iterdir():
-        check_results(folder)
+    assert faults.both_published(tmp_path, 6) == [True] * 12
+    assert not faults.leftovers(tmp_path) and len(list((tmp_path / "results" / "earlier").iterdir())) == 11
 
 
 # Wrong input
@@ -501,59 +540,24 @@ def test_every_schedule_rises_to_its_rate_and_falls_to_its_floor(steps, warmup, 
 # Numbers
 
 
-def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(tmp_path):
-    "The loss of the last step is finite, what its gradient does to the weights is not."
-    store, run = Store(tmp_path), RUN
-    model = run.fresh_model()
-    with torch.no_grad():
-        model.head.weight[1, 1] = float("nan")
-    with pytest.raises(NotFinite, match=r"pretraining, prior L.*head\.weight is not finite"):
-        store.put(run, model, [], {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_model_of_which_all_is_pruned_says_the_same_to_everything():
-    model = faults._small()
-    ids = torch.randint(0, 20, (8, 10), generator=torch.Generator().manual_seed(0))
-    every = {name: torch.ones(len(p), dtype=torch.bool) for name, p in pruning.matrices(model).items()}
-    before = model(ids[:, :-2], last=True)
-    with pruning.pruned(model, every), torch.no_grad():
-        assert model(ids[:, :-2], last=True).isfinite().all() and 0 <= accuracy(model, ids) <= 1
-    with pruning.pruned(model, every):
-        scores = pruning.scores(model, ids)
-    assert all(x.isfinite().all() for x in scores.values())
-    assert torch.equal(model(ids[:, :-2], last=True), before)
-    table = pruning.sweep(model, scores, [sum(len(x) for x in scores.values())], lambda m: dict(a=accuracy(m, ids)))
-    assert table["value"].between(0, 1).all()
+def test_numbers_that_nothing_can_be_done_with_are_named(tmp_path):
+    found = faults.numbers(tmp_path)
+    assert len(found) == 5 and all(found.values()), found
+    assert not [*tmp_path.rglob("weights.safetensors"), *faults.leftovers(tmp_path)]
 
 
 # Load
 
 
-def test_five_thousand_runs_are_looked_through_in_two_seconds(tmp_path, monkeypatch):
-    store, seeds = Store(tmp_path / "runs"), 209
-    wanted = sweep.read("exp_revival", scale="smoke", seeds=seeds).runs
-    assert len(wanted) >= 5000
-    faults.fill(store, wanted)
-    code = f"""
-import time
-from wrapperlib import sweep
-from wrapperlib.runs import Store
-wanted = sweep.read("exp_revival", scale="smoke", seeds={seeds}).runs
-def cpu(work):
-    began = time.process_time()
-    found = work()
-    print(time.process_time() - began)
-    return found
-store = Store({str(store.root)!r})
-assert cpu(lambda: [run for run in wanted if not store.finished(run)]) == []
-table = cpu(lambda: sweep.status("smoke", {seeds}, "cpu", {str(tmp_path)!r}, experiments=[("exp_revival", {{}})]))
-assert table.loc["all", "reused"] == len(wanted) and table.loc["all", "to train"] == 0
-assert cpu(lambda: store.why(sweep.one_run("pretraining", scale="smoke", seed=999_999))).startswith("differs in seed")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert max(map(float, done.stdout.split())) < 2, done.stdout
+@pytest.mark.parametrize("missing", [False, True], ids=["all there", "half missing"])
+def test_five_thousand_runs_are_looked_through_in_two_seconds(tmp_path, missing):
+    many = faults.a_store_of(tmp_path, 209, missing)
+    assert many >= 5000 and len(list((tmp_path / "runs").glob("*-*"))) == many
+    took = faults.apart(faults.seconds_to_look, tmp_path, 209)
+    assert all(cpu < 2 and wall < 10 for wall, cpu in took.values()), took  # other tests run beside this one
+    table = sweep.status("smoke", 209, "cpu", str(tmp_path), experiments=[("exp_revival", {})])
+    assert table.loc["all", "to train"] == (many // 2 if missing else 0)
+    assert table.loc["all", "reused"] == many - table.loc["all", "to train"]
 
 
 def test_memory_is_flat_over_many_runs(tmp_path):

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pickled_program', 'announcing', 'program_announcing',
-           'with_nan', 'damages', 'refused', 'kept_files', 'begun', 'done', 'apart', 'killed_after', 'contents',
-           'leftovers', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid', 'tokenise', 'experiment', 'failing',
-           'fail_everywhere', 'ways_of_writing', 'train_same', 'put_same', 'publish_often', 'read_same', 'two_writers',
-           'offline', 'wrong_parameters', 'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'row', 'forge', 'fill',
-           'memory_over', 'memory_of']
+           'with_nan', 'edited', 'damages', 'refused', 'kept_files', 'Failed', 'begun', 'ended', 'done', 'apart',
+           'killed_after', 'contents', 'leftovers', 'show_kills', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid',
+           'tokenise', 'experiment', 'failing', 'fail_everywhere', 'published', 'publish_one', 'ways_of_writing',
+           'die_everywhere', 'checkpoints', 'ways_of_dying', 'Disk', 'train_on_a_full_disk', 'use_what_is_read_only',
+           'jumping_clock', 'work_while_the_clock_jumps', 'train_same', 'put_same', 'publish_often', 'read_same',
+           'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters', 'refusal', 'is_a_sentence',
+           'garbled', 'wrong_calls', 'numbers', 'row', 'tried', 'rewrite', 'forge', 'other_versions', 'fill',
+           'memory_over', 'memory_of', 'a_store_of', 'seconds_to_look']
 
 # %% ../nbs/25_faults.ipynb #fa000002
 import builtins
@@ -22,14 +25,16 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -38,17 +43,17 @@ from safetensors.torch import save as to_bytes
 
 from . import compiled, pruning, runs, sweep
 from .analysis import Probing, look_at
-from .checks import BadInput, NotWritten, check
+from .checks import BadInput, NotWritten
 from .grammar import Grammar, sampler
 from .letters import Letters
 from .model import GPT, Shape
-from .probing import Residuals
+from .probing import Residuals, gather
 from .protocols import SCALES, fine_tuning, pretraining
 from .runs import FILES, Run, Store, peak_memory, train_all, train_run
 from .stories import END, records, train_tokenizer, write_shards
 from .tales import source_tales
 from .tasks import Curriculum, Domain, Edited, Natural, decode, one_task
-from .training import Measure, Momentum, Progress, Recipe, train
+from .training import Measure, Momentum, NotFinite, Progress, Recipe, accuracy, train
 
 # %% ../nbs/25_faults.ipynb #fa000005
 def flipped(
@@ -109,6 +114,14 @@ def with_nan(
     return to_bytes(tensors)
 
 
+def edited(
+    data: bytes,  # of a file in which a number is written
+) -> bytes:
+    "The data with another last digit, as plausible as the one before."
+    place = max(i for i, byte in enumerate(data) if chr(byte).isascii() and chr(byte).isdigit())
+    return data[:place] + (b"8" if data[place : place + 1] == b"7" else b"7") + data[place + 1 :]
+
+
 def damages(
     trace: Path,  # what a pickle would make
 ) -> dict[str, Callable[[bytes], bytes]]:
@@ -153,7 +166,7 @@ def kept_files(
     look = partial(look_at, store, question, SCALES["smoke"], run)
     look()
     train(half.fresh_model(), half.stream, half.recipe, save=partial(store.save_partial, half, facts={}), save_every=0)
-    runs.publish(folder / "results", store.log(run), {}, dict(parameters={}), [])
+    runs.publish(folder / "results", store.log(run), {}, dict(parameters={}), [dict(name="a claim", value=0.93)])
     own = folder / "program.safetensors"
     compiled.save_weights(own, compiled.load_weights("max"))
     results = partial(runs.check_results, folder / "results")
@@ -178,12 +191,16 @@ def _processes():
     return context
 
 
-def _in_group(work: Callable, arguments: tuple) -> None:
+class Failed(RuntimeError):
+    "A work came to an end of its own that is no success. The message has its exit code and the last it said."
+
+
+def _in_group(said: str, work: Callable, arguments: tuple) -> None:
     os.setsid()  # so that a kill reaches the processes it has started, too
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, open(said, "a") as errors:
         os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+        os.dup2(errors.fileno(), 2)
     work(*arguments)
 
 
@@ -192,9 +209,23 @@ def begun(
     *arguments,  # its arguments
 ):
     "A process that does the work, in silence."
-    process = _processes().Process(target=_in_group, args=(work, arguments))
+    said = NamedTemporaryFile()  # noqa: SIM115 (it goes when the process is forgotten)
+    process = _processes().Process(target=_in_group, args=(said.name, work, arguments))
     process.start()
+    process.said = said  # its errors
     return process
+
+
+def ended(
+    process,  # as from `begun`
+    *codes: int,  # allowed besides 0; -9 is that of a process that was killed
+) -> int:
+    "Wait for the process; its exit code. Raises `Failed` for one that is not allowed."
+    process.join()
+    if process.exitcode not in (0, *codes):
+        last = Path(process.said.name).read_bytes()[-2000:].decode("utf-8", "replace").strip()
+        raise Failed(f"exit code {process.exitcode}: {last or 'nothing was said'}")
+    return process.exitcode
 
 
 def done(
@@ -215,14 +246,14 @@ def apart(
     work: Callable,  # as for `begun`
     *arguments,  # its arguments
 ):
-    "What the work returns, in a process of its own."
+    "What the work returns, in a process of its own. Raises `Failed`."
     ours, theirs = _processes().Pipe()
     process = begun(_answer, theirs, work, arguments)
     theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
+    with suppress(EOFError):  # it ended without an answer
+        answer = ours.recv()
+    ended(process)
+    return answer
 
 
 def killed_after(
@@ -230,16 +261,15 @@ def killed_after(
     work: Callable,  # as for `begun`
     *arguments,  # its arguments
 ) -> bool:
-    "Begin the work and kill it; whether that was before its end."
+    "Begin the work and kill it; whether that was before its end. Raises `Failed` if it had failed by then."
     process = begun(work, *arguments)
     process.join(seconds)
     if process.exitcode is not None:
-        return False
+        return bool(ended(process))
     with suppress(ProcessLookupError):  # it may not have its group yet
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+    return ended(process, -signal.SIGKILL) != 0
 
 # %% ../nbs/25_faults.ipynb #fa00000c
 def contents(
@@ -263,28 +293,61 @@ def leftovers(
     return [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".checkpoint"]
 
 
+def _live(work: Callable, folder: Path, moments: Iterable[float], killed: list[float]) -> dict[str, str]:
+    "Kill the work at each moment, noted in `killed`, until it ends before one; what it leaves. Raises `Failed`."
+    before = {}
+    for moment in moments:
+        if not killed_after(moment, work, folder):
+            break
+        killed.append(moment)
+        now = _finished(folder)
+        _equal(before, {name: now.get(name) for name in before}, "had finished, and was lost or altered")
+        before = now
+    ended(begun(work, folder))
+    if left := leftovers(folder):
+        raise Failed(f"left over: {', '.join(map(str, left))}")
+    return contents(folder)
+
+
+def _equal(ours: dict, theirs: dict, what: str) -> None:
+    if differ := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+        raise Failed(f"{what}: {', '.join(differ)}")
+
+
+def show_kills(
+    line: runs.Line,  # of progress
+    what: str,  # is killed
+    kills: int,  # so far
+) -> None:
+    "Show how many kills there were, and the time left."
+    line.finished = kills
+    line.show(kills, what)
+
+
 def kill_often(
     work: Callable[[Path], None],  # as for `begun`; goes on with what is in its folder
     place: Path,  # an empty folder
     moments: int,  # how many kills
     seed: int = 0,  # of the moments
+    report: Callable[[int], None] = lambda kills: None,  # called now and then with the number of kills so far
 ) -> dict:
-    "Kill, restart, compare. Returns kills, and how many of them were survived: nothing that had finished lost, the end equal, nothing left over; seconds it takes unbroken, and lives."
-    whole, chance = place / "unbroken", random.Random(seed)
+    """Kill, restart, compare. Returns kills; how many of them were survived: nothing that had finished lost, the end equal, nothing left over;
+    failures, a text for each life with one, whether it was killed or not; seconds it takes unbroken, and lives. Raises `Failed` if it fails unbroken."""
+    chance, kills, survived, failures = random.Random(seed), 0, 0, []
     done(time.sleep, 0)  # the server has begun by then
     began = time.monotonic()
-    check(done(work, whole), "work", work, "work that succeeds when nobody kills it")
-    seconds, expected = time.monotonic() - began, contents(whole)
-    kills = survived = lives = 0
-    while kills < moments:
-        folder, here, kept, before = place / str(lives), 0, True, {}
-        while kills + here < moments and killed_after(chance.uniform(0, seconds), work, folder):
-            here, now = here + 1, _finished(folder)
-            kept, before = kept and before.items() <= now.items(), now
-        ended = done(work, folder)
-        same = ended and kept and contents(folder) == expected and not leftovers(folder)
-        kills, survived, lives = kills + here, survived + here * same, lives + 1
-    return dict(kills=kills, survived=survived, seconds=seconds, lives=lives)
+    ended(begun(work, place / "unbroken"))
+    seconds, expected, life = time.monotonic() - began, contents(place / "unbroken"), 0
+    while kills < moments and len(failures) <= moments:  # a work that always fails is not killed
+        killed, when = [], (chance.uniform(0, seconds) for _ in range(moments - kills))
+        try:
+            _equal(expected, _live(work, place / str(life), when, killed), "differs from the unbroken one")
+            survived += len(killed)
+        except Failed as e:
+            failures.append(f"life {life}, killed {len(killed)} times: {e}")
+        kills, life = kills + len(killed), life + 1
+        report(kills)
+    return dict(kills=kills, survived=survived, failures=failures, seconds=seconds, lives=life)
 
 # %% ../nbs/25_faults.ipynb #fa00000e
 _OFTEN = 0.05  # seconds between checkpoints
@@ -322,12 +385,20 @@ def grid(
     folder: Path,  # of results
     steps: int = 100,  # of each run
     seeds: int = 4,  # how many runs
+    workers: int = 1,  # processes; more than one are a pool
 ) -> None:
     "A work: a grid of runs, and the table that is published of it."
-    with patch.object(runs, "train_runs", partial(runs.train_runs, save_every=_OFTEN)):
+    often = partial(runs.train_runs, save_every=_OFTEN)
+    with patch.object(runs, "train_runs", often), patch.object(runs, "_begin_worker", _begin_often):
         asked = {"scale": "smoke", "prior": "L", "seed": [*range(seeds)], "recipe.steps": steps}
-        table = sweep.sweep(Store(folder / "runs"), "pretraining", asked, workers=1)
+        table = sweep.sweep(Store(folder / "runs"), "pretraining", asked, workers=workers)
         runs.publish(folder / "grid", table, {}, runs.provenance(asked, {}))
+
+
+def _begin_often(*given) -> None:
+    "What a worker begins with: it imports the library anew, so here it is told again to save often."
+    runs.train_run = partial(runs.train_run, save_every=_OFTEN)
+    runs._begin_worker(*given)
 
 
 def tokenise(
@@ -358,13 +429,20 @@ def experiment(
 
 # %% ../nbs/25_faults.ipynb #fa000011
 WRITING = ("mkdir", "open", "write", "fsync", "replace", "rename")
+_DIED = 86  # the exit code of a process that ends in the middle
 NO_SPACE, READ_ONLY, NO_PERMISSION = (OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EROFS, errno.EACCES))
+
+
+def _fail(error: Exception | None) -> None:
+    if error is None:
+        os._exit(_DIED)  # as after a kill: nothing is cleared away
+    raise error
 
 
 class _Torn:
     "A file of which only half is written."
 
-    def __init__(self, file, error: Exception):
+    def __init__(self, file, error: Exception | None):
         self.file, self.error = file, error
 
     def __enter__(self):
@@ -376,14 +454,15 @@ class _Torn:
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         self.file.flush()
-        raise self.error
+        _fail(self.error)
 
 
 @contextmanager
 def failing(
     step: str,  # one of `WRITING`
-    error: Exception,  # what it raises
+    error: Exception | None,  # what it raises; None: this process ends there
     after: int = 0,  # calls that still succeed
+    once: bool = False,  # all later ones do, too
 ):
     "Within this context a step of writing files fails from its call `after` on. Yields a list of the calls so far."
     at, name = dict(mkdir=(os, "mkdir"), fsync=(os, "fsync"), replace=(os, "replace"), rename=(os, "rename")).get(
@@ -396,11 +475,11 @@ def failing(
         if name == "open" and not set(str(mode)) & set("wxa"):
             return original(*arguments, **options)
         calls.append(arguments[0])
-        if len(calls) <= after:
+        if len(calls) <= after or (once and len(calls) > after + 1):
             return original(*arguments, **options)
         if step == "write":
             return _Torn(original(*arguments, **options), error)
-        raise error
+        _fail(error)
 
     with patch.object(at, name, called):
         yield calls
@@ -410,6 +489,7 @@ def fail_everywhere(
     work: Callable[[], None],  # writes something
     intact: Callable[[], bool],  # whether all is as it was before the work, or as it is after it
     error: Exception = NO_SPACE,  # what is raised
+    once: bool = False,  # by that call alone, not by all that follow
 ) -> dict[str, list[bool]]:
     "Let each call of each step of writing fail in turn: step → whether, each time, one sentence was said and all was intact."
     outcomes = {}
@@ -417,7 +497,7 @@ def fail_everywhere(
         outcomes[step], after = [], 0
         while True:
             try:
-                with failing(step, error, after) as calls:
+                with failing(step, error, after, once) as calls:
                     work()
             except NotWritten as e:
                 outcomes[step].append("\n" not in str(e) and os.strerror(error.errno) in str(e) and intact())
@@ -429,14 +509,41 @@ def fail_everywhere(
     return outcomes
 
 
-def ways_of_writing(
-    folder: Path,  # an empty one
-) -> dict[str, tuple[Callable, Callable]]:
-    "What the library writes: name → a work that writes it, and whether all that was there is whole."
+def published(
+    folder: Path,  # with folders of results
+) -> set[frozenset]:
+    "All results that are whole, those in earlier/ too: of each the names and digests of its files."
+    found = set()
+    for path in folder.rglob("provenance.json"):
+        with suppress(BadInput):
+            files = [path, *runs.check_results(path.parent)]
+            found.add(frozenset((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files))
+    return found
+
+
+def _is_whole(results: Path) -> bool:
+    with suppress(BadInput):
+        return bool(runs.check_results(results))
+    return False
+
+
+def publish_one(
+    folder: Path,  # with the folder of results
+    k: int,  # which results
+) -> None:
+    "A work: publish results, three files."
     import pandas as pd
 
+    runs.publish(folder / "results", pd.DataFrame(dict(value=[float(k)])), {}, dict(parameters={}), [dict(number=k)])
+
+
+def ways_of_writing(
+    folder: Path,  # an empty one
+    here: bool = False,  # results must be whole where they were, not only in earlier/, as can be if one call fails and no other
+) -> dict[str, tuple[Callable, Callable]]:
+    "What the library writes: name → a work that writes it, and whether all that was there is whole."
     store, run, half, other = Store(folder / "runs"), a_run(3), a_run(5), a_run(4)
-    facts, model, table = dict(seconds=0, devices=["cpu"]), run.fresh_model(), pd.DataFrame(dict(value=[1.0]))
+    facts, model = dict(seconds=0, devices=["cpu"]), run.fresh_model()
     place, numbers = folder / "results", itertools.count()
     store.put(run, model, [], facts)
     before = contents(store.root)
@@ -454,21 +561,184 @@ def ways_of_writing(
         store.save_partial(half, Progress(2, dict(x=torch.zeros(3)), []), facts)
 
     def publish():
-        runs.publish(place, table * next(numbers), {}, dict(parameters={}), [])
+        publish_one(folder, next(numbers))
 
     def publish_intact():
-        tables = {p.read_text() for p in place.rglob("results.csv")}  # here or in earlier/, all that were ever whole
-        grown, seen[:] = {*seen} <= tables, tables
-        return grown and not leftovers(place)
+        found = published(place)
+        grown, seen[:] = {*seen} <= found, found
+        return grown and (not here or _is_whole(place)) and not leftovers(place)
 
-    seen = []
     save()
     publish()
+    seen = [*published(place)]
     return {
         "a finished run": (put, put_intact),
         "a checkpoint": (save, lambda: store.checkpoint(half)[0].step == 2),
         "results": (publish, publish_intact),
     }
+
+# %% ../nbs/25_faults.ipynb #f67a0a16
+def _forked(work: Callable, folder: Path, step: str = "open", after: float = math.inf) -> int:
+    "The exit code of a fork of this process that does the work, and ends at a call."
+    if (child := os.fork()) == 0:
+        with suppress(Exception), failing(step, None, after):
+            work(folder)
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _files(folder: Path) -> set:
+    return set(contents(folder).items())
+
+
+def die_everywhere(
+    work: Callable[[Path], None],  # as for `begun`; writes something, and goes on with what it finds
+    place: Path,  # an empty folder
+    before: Callable[[Path], object] = Path,  # writes what the work finds at first; by default nothing
+    state: Callable[[Path], set] = _files,  # what there is in a folder
+) -> dict[str, list[bool]]:
+    "Let the process that does the work end at each call of each step of writing in turn, and do it again: step → whether, each time, what was there before stayed, and the end is that of an unbroken work."
+    return apart(_die_everywhere, work, place, before, state)  # what has trained a model cannot train in a fork
+
+
+def _die_everywhere(work: Callable, place: Path, before: Callable, state: Callable) -> dict[str, list[bool]]:
+    before(place / "unbroken")
+    _forked(work, place / "unbroken")
+    expected, outcomes = state(place / "unbroken"), {step: [] for step in WRITING}
+    for step in WRITING:
+        for after in itertools.count():
+            folder = place / f"{step} {after}"
+            before(folder)
+            had, code = state(folder), _forked(work, folder, step, after)
+            if code == 0:
+                break
+            kept, again = code == _DIED and had <= state(folder), _forked(work, folder) == 0
+            outcomes[step].append(kept and again and state(folder) == expected and not leftovers(folder))
+            if code != _DIED:
+                break
+    return outcomes
+
+
+def checkpoints(
+    folder: Path,  # with the store
+) -> None:
+    "A work: a run that keeps a checkpoint after every step."
+    train_run(Store(folder / "runs"), replace(a_run(4), measures=()), save_every=0)
+
+
+def ways_of_dying() -> dict[str, Callable]:
+    "What the library writes: name → `die_everywhere`, of a folder."
+    return {
+        "a finished run": partial(die_everywhere, partial(put_same, times=2), before=partial(put_same, times=1)),
+        "checkpoints": partial(die_everywhere, checkpoints),
+        "results": partial(die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published),
+    }
+
+
+# %% ../nbs/25_faults.ipynb #2bf548e1
+_NBS = Path(runs.__file__).parent.parent / "nbs"
+
+
+class Disk:
+    "A disk that can be filled and protected: one of a megabyte where mounting is allowed, else one on which calls fail. It goes with its context."
+
+    def __init__(self, folder: Path):
+        self.folder, self.faults = folder, ExitStack()
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True)
+        may = shutil.which("mount") and os.geteuid() == 0
+        self.mounted = bool(may) and self._run("mount", "-t", "tmpfs", "-o", "size=1m", "none")
+        return self
+
+    def __exit__(self, *_):
+        self.faults.close()
+        if self.mounted:
+            self._run("umount", "-l")
+
+    def _run(self, *command: str) -> bool:
+        return subprocess.run([*command, self.folder], capture_output=True).returncode == 0
+
+    def fill(self):
+        if not self.mounted:
+            self.faults.enter_context(failing("write", NO_SPACE))
+        else:
+            with suppress(OSError):
+                (self.folder / "filler").write_bytes(b"x" * 2**20)
+
+    def empty(self):
+        self.faults.close()
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def protect(self):
+        if not self.mounted or not self._run("mount", "-o", "remount,ro"):
+            for step in ("mkdir", "open"):
+                self.faults.enter_context(failing(step, READ_ONLY))
+
+
+def _not_written(work: Callable, why: str) -> bool:
+    "Whether it says in one sentence why something could not be written."
+    try:
+        work()
+    except NotWritten as e:
+        return f"cannot be written ({why})" in str(e) and "\n" not in str(e)
+    return False
+
+
+def train_on_a_full_disk(
+    disk: Disk,  # an empty one
+) -> list[bool]:
+    "Train on a disk that is full at step 10, then again when it has room. Whether a sentence says why it ended, step 9 was kept, it went on there, and came to what is come to elsewhere."
+    store, run = Store(disk.folder / "runs"), replace(a_run(30), measures=())
+    train = partial(train_run, store, run, report=lambda step: step == 10 and disk.fill(), save_every=0)
+    said = _not_written(train, "No space left on device")
+    stood, _ = store.checkpoint(run)
+    disk.empty()
+    train_run(store, run)
+    with TemporaryDirectory() as elsewhere:
+        train_run(Store(elsewhere), run)
+        same = contents(Path(elsewhere)) == contents(store.root)
+    at = stood and stood.step
+    return [said, at == 9, store.meta(run)["resumed_at"] == 9, same and not leftovers(store.root)]
+
+
+def use_what_is_read_only(
+    disk: Disk,  # any
+) -> list[bool]:
+    "Whether a run on a protected disk can be used, another is refused in a sentence, and so is an experiment."
+    store, run = Store(disk.folder / "runs"), replace(a_run(3), measures=())
+    train_run(store, run)
+    disk.protect()
+    used = train_all(store, [run], quiet=True)["trained"] == 0 and isinstance(store.model(run), GPT)
+    said = _not_written(partial(train_all, store, [a_run(4)], workers=1, quiet=True), "Read-only file system")
+    wrong = refusal(_NBS / "exp_revival.ipynb", dict(out=str(disk.folder / "new")))
+    return [used, said, "(Read-only file system)" in wrong]
+
+
+@contextmanager
+def jumping_clock():
+    "Within this context the clock on the wall jumps by decades, back and forth."
+    times, gmtime = itertools.cycle([2e9, 1e9, 0.0]), time.gmtime
+    with (
+        patch.object(time, "time", lambda: next(times)),
+        patch.object(time, "gmtime", lambda *given: gmtime(*(given or [next(times)]))),
+    ):
+        yield
+
+
+def work_while_the_clock_jumps(
+    folder: Path,  # an empty one
+) -> list[bool]:
+    "Whether a run comes to the same, and of four results that are published each is there."
+    run = a_run(3)
+    with jumping_clock():
+        train_run(Store(folder / "jumping"), run, save_every=0)
+        for k in range(4):
+            publish_one(folder, k)
+    train_run(Store(folder / "steady"), run)
+    return [contents(folder / "jumping") == contents(folder / "steady"), len(published(folder)) == 4]
+
 
 # %% ../nbs/25_faults.ipynb #fa000014
 def train_same(
@@ -498,7 +768,7 @@ def publish_often(
     import pandas as pd
 
     for k in range(times):
-        runs.publish(folder / "results", pd.DataFrame(dict(value=[k % 3, os.getpid()])), {}, dict(parameters={}))
+        runs.publish(folder / "results", pd.DataFrame(dict(value=[k, os.getpid()])), {}, dict(parameters={}))
 
 
 def read_same(
@@ -522,12 +792,44 @@ def two_writers(
     work: Callable,  # of a folder and a number
     folder: Path,  # an empty one
     times: int,  # the number
-) -> bool:
-    "Two processes do the same at the same time; whether both succeed."
+) -> list[int]:
+    "Two processes do the same at the same time; their numbers. Raises `Failed`."
     both = [begun(work, folder, times) for _ in range(2)]
     for process in both:
-        process.join()
-    return all(process.exitcode == 0 for process in both)
+        ended(process)
+    return [process.pid for process in both]
+
+
+def raced(
+    work: Callable,  # that keeps as many runs, as `train_same`
+    folder: Path,  # an empty one
+    times: int,  # how many runs
+    steps: int,  # of each
+) -> list[bool]:
+    "Two writers and a reader: for each run whether it is that of a writer who was alone, bit for bit. Raises `Failed` for one of the three."
+    alone, together = folder / "alone", folder / "together"
+    ended(begun(work, alone, times))
+    reader = begun(read_same, together, times, steps)
+    two_writers(work, together, times)
+    ended(reader)
+    if left := leftovers(together):
+        raise Failed(f"left over: {', '.join(map(str, left))}")
+    ours, theirs = contents(alone), contents(together)
+    addresses = sorted({Path(name).parent for name in ours})
+    return [all(ours[name] == theirs.get(name) for name in ours if Path(name).parent == one) for one in addresses]
+
+
+def both_published(
+    folder: Path,  # an empty one
+    times: int,  # how often each of the two publishes
+) -> list[bool]:
+    "Two publish other results each time in one folder: for each time whether that is there whole, or in earlier/. Raises `Failed`, `BadInput`."
+    processes = two_writers(publish_often, folder, times)
+    whole = set()
+    for path in folder.rglob("provenance.json"):
+        runs.check_results(path.parent)
+        whole.add((path.parent / "results.csv").read_text())
+    return [f"value\n{k}\n{process}\n" in whole for process in processes for k in range(times)]
 
 # %% ../nbs/25_faults.ipynb #fa000017
 _OFFLINE = """
@@ -726,6 +1028,76 @@ def _wrong_files() -> list[tuple[str, Callable]]:
         ("figure's name", partial(runs.publish, "nowhere", None, {"../up": None}, {})),
     ]
 
+# %% ../nbs/25_faults.ipynb #7cfbee9f
+def _loss_not_finite(folder: Path) -> bool:
+    run = a_run(5)
+    run = replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+    try:
+        train_run(Store(folder), run)
+    except NotFinite as e:
+        return run.name in str(e) and "the loss of step" in str(e) and not Store(folder).finished(run)
+    return False
+
+
+def _weights_not_finite(folder: Path) -> bool:
+    "The loss of the last step is finite, what its gradient does to the weights is not."
+    run = a_run(3)
+    model = run.fresh_model()
+    with torch.no_grad():
+        model.head.weight[1, 1] = math.nan
+    try:
+        Store(folder).put(run, model, [], {})
+    except NotFinite as e:
+        return run.name in str(e) and "head.weight is not finite" in str(e) and not Store(folder).finished(run)
+    return False
+
+
+def _all_refused(*calls: Callable) -> bool:
+    for call in calls:
+        try:
+            call()
+            return False
+        except BadInput as e:
+            if "; allowed: " not in str(e):
+                return False
+    return True
+
+
+def _all_is_pruned() -> bool:
+    "Whether such a model says the same to everything, can be measured, and is as before afterwards."
+    model, ids = _small(), torch.randint(0, 20, (8, 10), generator=torch.Generator().manual_seed(0))
+    every = {name: torch.ones(len(p), dtype=torch.bool) for name, p in pruning.matrices(model).items()}
+    before = model(ids[:, :-2], last=True)
+    with pruning.pruned(model, every):
+        scores = pruning.scores(model, ids)
+        said, share = model(ids[:, :-2], last=True), accuracy(model, ids)
+    table = pruning.sweep(model, scores, [sum(map(len, every.values()))], lambda m: dict(a=accuracy(m, ids)))
+    finite = all(x.isfinite().all() for x in (said, *scores.values()))
+    same = torch.equal(model(ids[:, :-2], last=True), before)
+    return finite and same and 0 <= share <= 1 and bool(table["value"].between(0, 1).all())
+
+
+def numbers(
+    folder: Path,  # for a store
+) -> dict[str, bool]:
+    "What can be wrong with numbers → whether it is named and nothing is kept, or, where nothing is wrong with it, it goes well."
+    model, ids, same = _small(), torch.randint(0, 20, (4, 10)), torch.zeros(4, dtype=torch.long)
+    return {
+        "a loss that is not finite": _loss_not_finite(folder),
+        "weights that are not finite after the last step": _weights_not_finite(folder),
+        "an empty batch": _all_refused(
+            partial(Recipe, batch=0),
+            partial(pruning.scores, model, ids[:0]),
+            partial(pruning.row_means, model, ids[:0]),
+            partial(gather, model, ids[:0], same[:0], 20),
+        ),
+        "a model of which all is pruned": _all_is_pruned(),
+        "a single class": _all_refused(
+            partial(Residuals, torch.zeros(1, 4, 2), same, ("embed",)), partial(gather, model, ids, same, 20)
+        ),
+    }
+
+
 # %% ../nbs/25_faults.ipynb #fa00001c
 def row(
     promise: int,  # of the README, 1 to 5
@@ -738,19 +1110,57 @@ def row(
     return dict(promise=promise, what=what, tried=len(outcomes), held=sum(map(bool, outcomes)), note=note)
 
 
+def tried(
+    promise: int,  # as for `row`
+    what: str,  # was done
+    attempt: Callable[[], Iterable[bool]],  # returns the outcomes, or raises why there are none
+    note: str = "",  # what else is to be known
+) -> dict:
+    "The row of an attempt; one that raises is one that did not hold, and the note says why."
+    try:
+        return row(promise, what, attempt(), note)
+    except Exception as e:
+        return row(promise, what, [False], f"{type(e).__name__}: {e}")
+
+
+def rewrite(
+    record: Path,  # of a finished run
+    change: Callable[[dict], object],  # what becomes of it
+) -> None:
+    "Let a run's record say something else, its checksum, too."
+    about = json.loads(record.read_text())
+    change(about)
+    about["checksum"] = runs._checksum(about)
+    record.write_text(json.dumps(about))
+
+
 def forge(
     store: Store,  # where a finished run lies
     run: Run,  # that run
     data: bytes,  # its weights from now on
 ) -> Path:
     "Replace a run's weights and let its record say that it left them so, as whoever passes it on could. Returns the file."
-    path, record = store.path(run) / FILES[0], store.path(run) / "run.json"
-    about = json.loads(record.read_text())
-    about["files"][FILES[0]] = hashlib.sha256(data).hexdigest()
-    about["checksum"] = runs._checksum(about)
+    path = store.path(run) / FILES[0]
     path.write_bytes(data)
-    record.write_text(json.dumps(about))
+    rewrite(path.parent / "run.json", lambda about: about["files"].update({FILES[0]: hashlib.sha256(data).hexdigest()}))
     return path
+
+
+def other_versions(
+    folder: Path,  # an empty one
+) -> list[bool]:
+    "Records as other versions of the library write them: with a setting more, whether it is refused by name; of other sources, whether it is left alone, and the reason to train anew."
+    store, run = Store(folder), a_run(3)
+    train_run(store, run)
+    record = store.path(run) / "run.json"
+    before = record.read_bytes()
+    rewrite(record, lambda about: about["config"]["recipe"].update(added_later=1))
+    use = partial(train_all, store, [run], quiet=True)
+    outcomes = [refused(record, record.read_bytes(), use, folder / "nothing is executed")]
+    record.write_bytes(before)
+    rewrite(record, lambda about: about["sources"].update(training="0" * 12))
+    record.parent.rename(folder / f"{runs.address(run).partition('-')[0]}-{'0' * 8}")
+    return [*outcomes, not store.finished(run) and store.why(run) == "source changed: training"]
 
 
 def fill(
@@ -785,9 +1195,42 @@ def memory_over(
 
 def memory_of(
     work: Callable[[], None],  # raises `BadInput`
-) -> int:
-    "How many bytes of memory this process needed for being refused, beyond what it had used before."
+) -> float:
+    "How many bytes of memory this process needed for being refused, beyond what it had used before; infinitely many if it was not refused."
     before = peak_memory()
-    with suppress(BadInput):
+    try:
         work()
-    return peak_memory() - before
+    except BadInput:
+        return peak_memory() - before
+    return math.inf
+
+# %% ../nbs/25_faults.ipynb #9e763fed
+def a_store_of(
+    out: Path,  # of experiments' results; the store is in it
+    seeds: int,  # of all that `exp_revival` trains at scale smoke
+    missing: bool = False,  # of every second run there is another in its place
+) -> int:
+    "Fill a store with as many runs as are asked for; how many these are."
+    wanted = sweep.read("exp_revival", scale="smoke", seeds=seeds).runs
+    others = (sweep.one_run("pretraining", scale="smoke", seed=10**5 + k) for k in range(len(wanted) // 2))
+    fill(Store(out / "runs"), [*wanted[::2], *others] if missing else wanted)
+    return len(wanted)
+
+
+def seconds_to_look(
+    out: Path,  # as of `a_store_of`
+    seeds: int,  # that it was filled with
+) -> dict[str, tuple[float, float]]:
+    "Seconds on the wall and of a CPU: to list what is there, for a status, and for the reason of a run that is not."
+    wanted, store = sweep.read("exp_revival", scale="smoke", seeds=seeds).runs, Store(out / "runs")
+    new, took = sweep.one_run("pretraining", scale="smoke", seed=10**6 - 1), {}
+    for name, work in {
+        "listing": lambda: [*map(store.finished, wanted)],
+        "status": lambda: sweep.status("smoke", seeds, "cpu", str(out), experiments=[("exp_revival", {})]),
+        "lookup": lambda: store.why(new),
+    }.items():
+        began = time.perf_counter(), time.process_time()
+        work()
+        took[name] = time.perf_counter() - began[0], time.process_time() - began[1]
+    return took
+
