@@ -56,9 +56,45 @@ def test_reading_trains_nothing_writes_nothing_and_finds_the_notebooks_plan(name
     seeds = dict(seeds=2) if "seeds" in sweep._parameters(name) else {}
     experiment = sweep.read(name, scale="smoke", out="results", **seeds)
     assert not list(tmp_path.iterdir()) and experiment.checked.out == Path("results")
-    assert {labels["seed"] for labels, _ in experiment.plan} == ({0, 1} if seeds else set())
+    assert experiment.waits == ("stories are not tokenised yet" if name == "exp_stories" else "")
+    known = seeds and not experiment.waits
+    assert {labels["seed"] for labels, _ in experiment.plan} == ({0, 1} if known else set())
     if name == "exp_revival":
         assert experiment.plan == revival_plan(SMOKE, 2)
+
+
+def listing(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_stories_are_found_and_never_made_by_what_only_looks(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    out, asked = tmp_path / "out", [("exp_stories", {})]
+
+    def said():
+        before = listing(tmp_path)
+        row = sweep.status("smoke", device="cpu", out=str(out), experiments=asked).loc["exp_stories/smoke"]
+        assert listing(tmp_path) == before
+        return row["to train"], row["why"]
+
+    not_yet = (0, "stories are not tokenised yet")
+    assert said() == not_yet
+    (out / "stories" / "of another source").mkdir(parents=True)
+    assert said() == not_yet
+    whole = sweep.read("exp_stories", keep=True, scale="smoke", device="cpu", out=str(out))
+    n = 2 + 4 * 2 * 2 + (2 + 3 * 2) * 3 + 1  # pretraining, deletions and what only trains on, reFT, the judge
+    assert len(whole.runs) == n and said() == (n, f"{n} × new")
+    assert sweep.read("exp_stories", scale="smoke", out=str(out)).plan == whole.plan
+    [tokens] = (out / "stories").glob("tales-*")
+    (tokens / "test/F/shards.json").rename(tokens / "test/F/begun.json")
+    assert said() == not_yet
+    (tokens / "tokenizer.json").unlink()
+    assert said() == not_yet
+    costs = sweep.plan("smoke", device="cpu", experiments=asked)
+    assert costs.loc["exp_stories/smoke", "note"] == "stories are not tokenised yet" and len(costs) == 2
+    with pytest.raises(BadInput, match=r"of is 'exp_stories'; allowed: .* stories are not tokenised yet"):
+        sweep.sweep(Store(tmp_path / "runs"), "exp_stories", dict(scale="smoke"))
 
 
 def test_an_experiment_of_ones_own(tmp_path):
@@ -190,6 +226,23 @@ def test_makespan_is_that_of_a_schedule():
         assert max(chain, alone / n) - 1e-9 <= sweep.makespan(seconds, n) <= alone / n + chain
 
 
+def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    asked = [("exp_revival", dict(priors="L"))]
+    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, device: {sweep.kind(r): ((1.0, 0.0), 2**30) for r in runs})
+    alone, shared, wide = (sweep.plan("smoke", device="cpu", experiments=asked, gpus=g) for g in (0, 0.25, 4))
+    assert shared["hours on 1"].equals(alone["hours on 4"].rename("hours on 1"))
+    assert shared["hours on 4"].equals(alone["hours on 16"].rename("hours on 4"))
+    assert wide["hours on 16"].equals(alone["hours on 4"].rename("hours on 16"))
+    assert wide["hours on 1"].map(lambda hours: hours == float("inf")).all()
+    with pytest.raises(BadInput, match=r"gpus is 1\.5; allowed: numbers from 0 to 1, or whole ones"):
+        sweep.plan("smoke", device="cpu", experiments=asked, gpus=1.5)
+    monkeypatch.setattr(sweep, "EXPERIMENTS", asked)
+    assert sweep.main(["plan", "--scale", "smoke", "--device", "cpu", "--gpus", "0.25"]) == 0
+    said = capsys.readouterr().out
+    assert "Not counted: probing, pruning" in said and "upper bound" in said
+    assert f"{shared.loc['all', 'hours on 1']:.3f}" in said
+
+
 def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, says in (
@@ -198,6 +251,7 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["paper", "--device", "tpu"], "device is 'tpu'"),
         (["paper", "--engine", "slurm"], "engine is 'slurm'; allowed: one of local, ray"),
         (["plan", "--seeds", "0"], "seeds is 0"),
+        (["plan", "--gpus", "1.5"], "gpus is 1.5; allowed: numbers from 0 to 1, or whole ones"),
         (["grid"], "file is None"),
         (["status", "mine.yaml"], "file is 'mine.yaml'"),
         (["train"], "file is None"),
