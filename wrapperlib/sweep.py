@@ -280,38 +280,116 @@ def paper(
     fail_fast: bool = False,  # the first failure is the last thing that is done
     engine: Callable | None = None,  # trains all runs before the first notebook, such as `Ray`
 ) -> pd.DataFrame:
-    "Execute the experiments. Columns verdicts, minutes, reused (runs), failed (why, and where to look); raises `BadInput` before the first one."
-    what = experiments, scale, seeds, device, out, workers, data
-    asked = _read_all(*what)
+    "Execute the experiments. Columns verdicts, minutes, reused (runs), failed (why, and where to look); an engine's training is the first row. Raises `BadInput` before the first one."
+    asked = _read_all(experiments, scale, seeds, device, out, workers, data)
     out = writable("out", out)
+    rows, known = {}, {}
     if engine:
-        store, wanted = Store(out / "runs"), [r for e in _read_all(*what, keep=True) for r in e.runs]
-        train_all(store, wanted, PARAMETERS["device"]("device", device), workers, engine=engine)
-    rows = {}
+        rows["training"], known = _train_first(
+            asked, Store(out / "runs"), PARAMETERS["device"]("device", device), workers, engine
+        )
     for experiment in asked:
-        rows[str(experiment.folder)] = row = _execute(experiment, out)
-        if row["failed"] and fail_fast:
+        if fail_fast and any(row["failed"] for row in rows.values()):
             break
+        name = str(experiment.folder)
+        said = known.get(name, {})
+        rows[name] = said if said.get("failed") else _execute(experiment, out) | said
     return pd.DataFrame(rows).T.rename_axis("experiment").astype(dict(minutes=float)).round(dict(minutes=1))
 
 
-def _execute(experiment: Experiment, out: Path) -> dict:
+def _row(began: float, **what) -> dict:
     "A row of the table."
+    return dict(verdicts="–", minutes=(time.monotonic() - began) / 60, reused="–", failed="") | what
+
+
+def _train_first(asked: list[Experiment], store: Store, *how) -> tuple[dict, dict[str, dict]]:
+    "Train by an engine what the experiments ask for. Returns its row, and what the row of each experiment is to say of its runs."
+    began = time.monotonic()
+    wanted = {str(e.folder): e.runs for e in map(_made, asked)}
+    before = _there(store, wanted)
+    why = _train(store, wanted, *how)
+    now, known, counted = _there(store, wanted), {}, set(before)
+    for name, of in wanted.items():
+        if lacking := {*of} - now:  # its notebook would train them here
+            failed = f"{len(lacking)} of its {len(of)} runs are not there, see the row training"
+            known[name] = _row(time.monotonic(), failed=failed)
+        elif of:
+            known[name] = dict(reused=f"{len(counted & {*of})} of {len(of)} runs")
+        counted |= {*of}
+    every = set().union(*wanted.values())
+    failed = f"{why}; see {store.root}" if why else ""
+    return _row(began, reused=f"{len(before)} of {len(every)} runs", failed=failed), known
+
+
+def _made(experiment: Experiment) -> Experiment:
+    "With its plan, whatever that waits for; without, if that fails: its notebook will say why."
+    with contextlib.suppress(Exception):
+        return read(str(experiment.path), True, **experiment.given) if experiment.waits else experiment
+    return experiment
+
+
+def _there(store: Store, wanted: dict[str, list[Run]]) -> set[Run]:
+    "Which of the runs are finished."
+    found = set()
+    for run in set().union(*wanted.values()):
+        with contextlib.suppress(BadInput):  # a link out of the store is no run
+            found |= {run} if store.finished(run) else set()
+    return found
+
+
+def _train(store: Store, wanted: dict[str, list[Run]], device: str, workers: int, engine) -> str:
+    "Returns why not everything was trained, if so. Raises `BadInput` if the engine refuses to begin."
+    before = _there(store, wanted)
+    try:
+        train_all(store, itertools.chain(*wanted.values()), device, workers, engine=engine)
+    except BadInput as e:
+        sound = {name: of for name, of in wanted.items() if _sound(store, of)}
+        if len(sound) == len(wanted) and _there(store, wanted) == before:
+            raise
+        others = _train(store, sound, device, workers, engine) if len(sound) < len(wanted) else ""
+        return "; ".join(filter(None, [_first_line(e), others]))
+    except Exception as e:  # whatever happens in training, experiments whose runs are there are to go on
+        return _first_line(e)
+    return ""
+
+
+def _sound(store: Store, of: list[Run]) -> bool:
+    "Whether what the store has of these runs can be trusted."
+    with contextlib.suppress(BadInput):
+        for run in of:
+            store.verify(run)
+        return True
+    return False
+
+
+def _execute(experiment: Experiment, out: Path) -> dict:
+    "The row of an experiment."
     from papermill import execute_notebook
 
-    began, failed, place = time.monotonic(), "", out / experiment.folder
-    copy = out / "unfinished" / f"{'_'.join(experiment.folder.parts)}.ipynb"
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    began, found = time.monotonic(), {}
+    look = place = out / experiment.folder
     print(f"=== {experiment.folder}", flush=True)
     try:
+        copy = look = _begin_copy(out / "unfinished", "_".join(experiment.folder.parts))
         execute_notebook(experiment.path, copy, experiment.given, log_output=True, progress_bar=False)
         os.replace(copy, place / experiment.path.name)
+        look = place
+        found = _found(place)
     except Exception as e:  # whatever happens in a notebook, the others are to go on
-        failed = f"{_first_line(e)}; see {copy}"
+        found = dict(failed=f"{_first_line(e)}; see {look}")
     with contextlib.suppress(OSError):
-        copy.parent.rmdir()  # if nothing is left in it
-    row = dict(verdicts="–", minutes=(time.monotonic() - began) / 60, reused="–", failed=failed)
-    return row if failed else row | _found(place)
+        (out / "unfinished").rmdir()  # if nothing is left in it
+    return _row(began, **found)
+
+
+def _begin_copy(folder: Path, name: str) -> Path:
+    "An empty file that is this process's alone: another may execute the same experiment."
+    copy = folder / f"{name}-{uuid.uuid4().hex[:8]}.ipynb"
+    while not copy.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder
+            copy.touch()
+    return copy
 
 
 def _first_line(e: Exception) -> str:
@@ -513,10 +591,11 @@ class Ray:
         "Train; returns the workers' peak memory in bytes."
         ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
-        ours = not ray.is_initialized() and self._connect(ray, workers)
+        ours = self._connect(ray, workers)
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
-        runs.write_whole(store.root / token, "")
         try:
+            self._check_nodes(ray.nodes())
+            runs.write_whole(store.root / token, "")
             return self._train(ray, store, missing, token, line)
         finally:
             (store.root / token).unlink(missing_ok=True)
@@ -524,6 +603,12 @@ class Ray:
                 ray.shutdown()
 
     def _connect(self, ray, workers: int) -> bool:
+        "Returns whether it was not connected before."
+        if ray.is_initialized():
+            here = ray.get_runtime_context().gcs_address
+            same = self.address in ("", "auto") or _numeric(self.address) == here
+            check(same, "address", self.address, f"{here}, to which this process is connected, or nothing")
+            return False
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
         try:
             if self.address:
@@ -537,10 +622,18 @@ class Ray:
             ) from None
         return True
 
+    def _check_nodes(self, nodes: list[dict]) -> None:
+        "Ray would wait for ever for a node that is large enough."
+        there = [node["Resources"] for node in nodes if node["Alive"]]
+        cpus, gpus = (max((node.get(what, 0) for node in there), default=0) for what in ("CPU", "GPU"))
+        fits = any(node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= self.gpus for node in there)
+        cluster = f"of {len(there)} nodes with at most {cpus:g} cores and {gpus:g} GPUs"
+        check(fits, "cluster", cluster, f"one with a node that has a core and {self.gpus:g} GPUs, what a run asks for")
+
     def _train(self, ray, store, missing, token, line) -> int:
         task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=10)(_train_on_node)
         device = "cuda" if self.gpus else "cpu"
-        waiting, jobs, peaks = sorted(missing, key=lambda r: -_chain(r, missing)), {}, {}
+        waiting, jobs, peaks, failed = sorted(missing, key=lambda r: -_chain(r, missing)), {}, {}, {}
         try:
             while waiting or jobs:
                 busy = {*jobs.values(), *waiting}
@@ -549,21 +642,41 @@ class Ray:
                     jobs[task.remote(store.root, run, address(run), token, device, self.save_every)] = run
                 for job in ray.wait([*jobs], timeout=2)[0]:
                     run = jobs.pop(job)
-                    peaks |= _outcome(ray, job, run)
-                    _await(store.path(run))
+                    try:
+                        peaks |= _outcome(ray, job, run)
+                        _await(store.path(run))
+                    except Exception as e:  # whatever happened to it, the others are to go on
+                        failed[run] = e
+                        waiting = [] if isinstance(e, _Unfit) else [r for r in waiting if run not in r.lineage]
                     if line:
-                        line.ended(_done(store, missing), run.name)
+                        line.ended(_done(store, missing), f"{run.name}{' failed' if run in failed else ''}")
                 if line:
                     line.show(_done(store, missing), f"{len(jobs)} runs begun or waiting for a worker")
         finally:
-            for job in jobs:
+            for job in jobs:  # none, unless this process is told to stop
                 ray.cancel(job, force=True)
+        _raise_all(failed)
         return sum(peaks.values())
+
+
+class _Unfit(BadInput):
+    "A node that cannot train for this sweep; it would fail one run after the other."
+
+
+def _raise_all(failed: dict[Run, Exception]) -> None:
+    "Raise the only error as it is, several as one that names each run."
+    if not failed:
+        return
+    errors = [*failed.values()]
+    if len(errors) == 1 or all(isinstance(e, _Unfit) for e in errors):
+        raise errors[0]
+    each = "; ".join(f"{run.name}: {_first_line(e)}" for run, e in failed.items())
+    raise RuntimeError(f"{len(failed)} runs failed, the others are kept: {each}")
 
 
 def together(
     store: Store,  # on a file system that all processes share
-    missing: list[Run],  # what is to be trained, each after the run it starts from
+    missing: list[Run],  # what is to be trained, each after the run it starts from; the first process's list counts
     device: str,  # as from `pick_device`; cuda is one GPU a process
     workers: int,  # not used: `torchrun` has started the processes
     line: object | None,  # of progress
@@ -576,7 +689,9 @@ def together(
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     done = 0.0
     try:
-        for run in missing:
+        said = [missing]
+        dist.broadcast_object_list(said, device=torch.device(device))
+        for run in said[0]:  # each process may see another state of a shared file system
             train_run(store, run, device, line and partial(_show, line, done, run))
             done += _cost(run)
             if line:
@@ -606,16 +721,26 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def _numeric(address: str) -> str:
+    "host:port with the host's number, as Ray keeps it."
+    host, colon, port = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host)
+    return host + colon + port
+
+
 def _outcome(ray, job, run: Run) -> dict[str, int]:
     "Which process trained, and its peak memory. Raises the error of a run that failed."
     try:
         return ray.get(job)
     except ray.exceptions.RayTaskError as e:
-        raise e.cause from None
+        if isinstance(e.cause, BadInput) or run.name in str(e.cause):
+            raise e.cause from None
+        raise RuntimeError(f"{run.name}: {_first_line(e.cause)}") from None
     except ray.exceptions.RayError as e:
-        raise RuntimeError(
-            f"{run.name}: its workers were lost ten times ({_first_line(e)}); checkpoints are kept"
-        ) from None
+        lost = ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError
+        what = "its workers were lost more than ten times" if isinstance(e, lost) else "Ray gave it up"
+        raise RuntimeError(f"{run.name}: {what} ({_first_line(e)}); checkpoints are kept") from None
 
 
 def _done(store: Store, missing: list[Run]) -> float:
@@ -636,13 +761,12 @@ def _step(store: Store, run: Run) -> int:
 def _train_on_node(root: Path, run: Run, expected: str, token: str, device: str, save_every: float) -> dict[str, int]:
     "Train a run wherever it was put; returns the process and its peak memory."
     where = os.uname().nodename
-    check(
-        address(run) == expected,
-        "wrapperlib",
-        f"another one on {where}",
-        "the one the sweep was started with, on all nodes",
-    )
-    check(_await(root / token), "store", root, f"a folder that all nodes share; {where} does not see it")
+    try:
+        same = "the one the sweep was started with, on all nodes"
+        check(address(run) == expected, "wrapperlib", f"another one on {where}", same)
+        check(_await(root / token), "store", root, f"a folder that all nodes share; {where} does not see it")
+    except BadInput as e:
+        raise _Unfit(str(e)) from None
     if run.start:
         _await(Store(root).path(run.start))
     train_run(Store(root), run, device, save_every=save_every)
@@ -783,7 +907,7 @@ def _do(a: argparse.Namespace) -> int:
     if a.what == "grid":
         return _do_grid(a, engine)
     table = paper(**common, fail_fast=a.fail_fast, engine=engine)
-    print("\n" + table.to_string(max_colwidth=200))
+    print("\n" + table.to_string())
     return int(table["failed"].astype(bool).any())
 
 
@@ -791,8 +915,11 @@ def _do_train(a: argparse.Namespace, common: dict) -> int:
     "Train the runs of an experiment, all processes of `torchrun` each of them together; its notebook finds them in the store."
     check("RANK" in os.environ, "train", "started alone", "started by torchrun; one process trains by papermill")
     [experiment] = _read_all([(a.file, {})], common["scale"], common["seeds"], a.device, a.out, 0, a.data, keep=True)
-    first = os.environ["RANK"] == "0"
-    train_all(Store(Path(a.out) / "runs"), experiment.runs, experiment.checked.device, quiet=not first, engine=together)
+    store, device = Store(Path(a.out) / "runs"), experiment.checked.device
+    if os.environ["RANK"] != "0":
+        together(store, [], device, 0, None)  # trains what the first process says
+    elif not train_all(store, experiment.runs, device, engine=together)["trained"]:
+        together(store, [], device, 0, None)  # the others wait to be told
     return 0
 
 
