@@ -211,10 +211,74 @@ def test_a_file_says_of_and_grid(tmp_path):
         sweep.load_grid(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[" * 20_000, "recursion"),
+        ("of: pretraining\ngrid: {a: " + "[" * 5000 + "]" * 5000 + "}", "recursion"),
+        ("of: pretraining\ngrid:\n  seed: 1\n  seed: 2", "seed stands there twice"),
+        ("of: pretraining\nof: reft\ngrid: {seed: 1}", "of stands there twice"),
+        ("of: &a [x, x]\ngrid: {b: &b [*a, *a], c: [*b, *b]}", "aliases are not allowed"),
+        ("of: pretraining\ngrid: &g {<<: *g}", "aliases are not allowed"),
+        (f"of: pretraining\ngrid: {{seed: {'9' * 5000}}}", "more than 1000 characters"),
+        (f"of: pretraining\ngrid: {{seed: 0x{'f' * 5000}}}", "more than 1000 characters"),
+        ("of: pretraining\ngrid: {seed: 2024-13-45}", "month must be in 1..12"),
+        ("of: pretraining\ngrid: {seed: 1}\n" + "#" * 2**20, "up to 1048576 bytes"),
+    ],
+)
+def test_a_file_that_asks_for_too_much_or_twice_is_one_sentence(tmp_path, capsys, text, says):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert sweep.main(["grid", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("BadInput: file is") and says in error and error.count("\n") == 1 and len(error) < 1000
+
+
+def test_a_file_without_an_end_is_not_read_to_it():
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="up to 1048576 bytes"):
+        sweep.load_grid("/dev/zero")
+    assert time.monotonic() - began < 5
+
+
+def test_a_grid_of_too_many_points_or_too_large_numbers_is_refused_at_once(tmp_path):
+    many = {"scale": "smoke", **{f"recipe.{k}": list(range(1000)) for k in ("lr", "steps", "batch", "muon")}}
+    with pytest.raises(BadInput, match="grid is 'one of 1000000000000 points'; allowed: up to 100000 combinations"):
+        sweep.grid_plan("pretraining", many)
+    assert len(sweep.points(dict(a=list(range(1000)), b=list(range(100))))) == sweep.MOST_POINTS
+    file = tmp_path / "mine.yaml"
+    for large in (10**400, -(10**400), float("inf"), float("nan")):
+        with pytest.raises(BadInput, match=r"recipe\.lr is .*allowed: numbers"):
+            sweep.grid_plan("pretraining", {"scale": "smoke", "recipe.lr": large})
+    file.write_text(f"of: pretraining\ngrid: {{scale: smoke, recipe.lr: {10**400}}}")
+    with pytest.raises(BadInput, match=r"recipe\.lr is 1000"):
+        sweep.grid_plan(*sweep.load_grid(file))
+
+
 def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
     assert sweep.everything("desk") == sweep.everything("paper", "hub") == sweep.EXPERIMENTS
     assert sweep.everything("paper") == sweep.EXPERIMENTS[:-1]
     assert sweep.EXPERIMENTS[-1][0] == "exp_stories"
+
+
+def test_all_processes_train_what_the_first_one_finds_missing(tmp_path):
+    from tests.test_ranks import torchrun
+
+    script, store = tmp_path / "script.py", Store(tmp_path / "runs")
+    script.write_text(f"""
+import os
+from wrapperlib import sweep
+from wrapperlib.runs import Store
+missing = [sweep.one_run("pretraining", scale="smoke")] if os.environ["RANK"] == "0" else []
+sweep.together(Store({str(store.root)!r}), missing, "cpu", 0, None)
+""")
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert store.meta(sweep.one_run("pretraining", scale="smoke"))["processes"] == 2
+    train_all(store, sweep.read("exp_revival", scale="smoke").runs, workers=1, quiet=True)
+    given = ["exp_revival", "--scale", "smoke", "--device", "cpu", "--out", tmp_path]
+    done = torchrun(2, "-m", "wrapperlib.sweep", "train", *given)  # nothing is missing, and nobody waits for ever
+    assert done.returncode == 0 and "24 reused, 0 to train" in done.stdout, done.stderr[-3000:]
 
 
 def test_makespan_is_that_of_a_schedule():
