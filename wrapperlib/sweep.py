@@ -56,6 +56,7 @@ from wrapperlib.protocols import (
 from .protocols import results_folder, reverse, scratch, seconds_of, task_family
 from .runs import Run, Store, _chain, _cost, address, cores, peak_memory, source_digests, train_all, train_run
 from .stories import Shards
+from .training import NotFinite
 
 # %% ../nbs/13_sweep.ipynb #10d8f93b
 EXPERIMENTS = (
@@ -707,7 +708,8 @@ def _raise_all(failed: dict[Run, Exception]) -> None:
     if len(errors) == 1 or all(isinstance(e, _Unfit) for e in errors):
         raise errors[0]
     each = "; ".join(f"{run.name}: {_first_line(e)}" for run, e in failed.items())
-    raise RuntimeError(f"{len(failed)} runs failed, the others are kept: {each}")
+    of = NotFinite if all(isinstance(e, NotFinite) for e in errors) else RuntimeError
+    raise of(f"{len(failed)} runs failed, the others are kept: {each}")
 
 
 def together(
