@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make bench | make faults | make docs | make docs-serve | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make test-slow | make bench | make faults | make docs | make docs-serve | make export
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -9,7 +9,7 @@ DEVICE ?= auto
 DATA ?=
 OUT ?= outputs
 WORKERS ?= 0
-# of paper: ENGINE=ray [ADDRESS=head:6379] [GPUS=0.25], FAIL_FAST=1
+# of paper: ENGINE=ray [ADDRESS=head:6379] [GPUS=0.25], FAIL_FAST=1; of plan: GPUS=0.25
 ENGINE ?= local
 ADDRESS ?=
 GPUS ?= 0
@@ -33,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test bench faults docs docs-serve export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test test-slow bench faults docs docs-serve export setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -71,7 +71,7 @@ paper status: $(if $(filter ray,$(ENGINE)),$(CLUSTER))
 	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
 
 plan:
-	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)'
+	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --gpus '$(GPUS)'
 
 # The experiment on stories has a tokeniser of its own, and DATA: tales, hub, or a folder with TinyStories-Instruct.
 $(TOKENS): $(READY)
@@ -134,6 +134,10 @@ docs-serve: $(SITE)
 test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+
+# What takes minutes each and is skipped by `make test`: kills, a cluster, predictions of time. One at a time, for some measure time.
+test-slow: $(CLUSTER) $(COMPILER) $(SITE) $(TOKENS)
+	$(BIN)/pytest -m slow -n 0
 
 export: $(READY)
 	$(BIN)/nbdev_export

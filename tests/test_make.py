@@ -57,3 +57,16 @@ def test_the_executed_copy_lies_with_the_results_and_a_failed_run_leaves_it(tmp_
     assert make("revival", "SCALE=smoke", f"OUT={tmp_path / 'results'}").returncode != 0
     assert (place / "exp_revival.ipynb").read_text() == executed
     assert not [p for p in place.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_slow_tests_have_a_target_that_installs_what_they_need():
+    done = make("-n", "--always-make", "test-slow")
+    assert done.returncode == 0, done.stderr
+    assert ".[cluster]" in done.stdout and done.stdout.rstrip().endswith("pytest -m slow -n 0")
+    assert "make test-slow" in (REPO / "Makefile").read_text().splitlines()[0]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_plan_is_told_the_share_of_a_gpu():
+    assert "--gpus '0.25'" in make("-n", "plan", "GPUS=0.25").stdout

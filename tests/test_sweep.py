@@ -10,15 +10,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from tests.conftest import REPO, cells
 from wrapperlib import sweep
-from wrapperlib.checks import BadInput
+from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
 from wrapperlib.runs import FILES, Store, address, train_all
+from wrapperlib.training import NotFinite
 
 SMOKE = SCALES["smoke"]
 SMALL = {"scale": "smoke", "prior": ["H", "L"], "seed": [0, 1]}
@@ -56,9 +58,45 @@ def test_reading_trains_nothing_writes_nothing_and_finds_the_notebooks_plan(name
     seeds = dict(seeds=2) if "seeds" in sweep._parameters(name) else {}
     experiment = sweep.read(name, scale="smoke", out="results", **seeds)
     assert not list(tmp_path.iterdir()) and experiment.checked.out == Path("results")
-    assert {labels["seed"] for labels, _ in experiment.plan} == ({0, 1} if seeds else set())
+    assert experiment.waits == ("stories are not tokenised yet" if name == "exp_stories" else "")
+    known = seeds and not experiment.waits
+    assert {labels["seed"] for labels, _ in experiment.plan} == ({0, 1} if known else set())
     if name == "exp_revival":
         assert experiment.plan == revival_plan(SMOKE, 2)
+
+
+def listing(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_stories_are_found_and_never_made_by_what_only_looks(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    out, asked = tmp_path / "out", [("exp_stories", {})]
+
+    def said():
+        before = listing(tmp_path)
+        row = sweep.status("smoke", device="cpu", out=str(out), experiments=asked).loc["exp_stories/smoke"]
+        assert listing(tmp_path) == before
+        return row["to train"], row["why"]
+
+    not_yet = (0, "stories are not tokenised yet")
+    assert said() == not_yet
+    (out / "stories" / "of another source").mkdir(parents=True)
+    assert said() == not_yet
+    whole = sweep.read("exp_stories", keep=True, scale="smoke", device="cpu", out=str(out))
+    n = 2 + 4 * 2 * 2 + (2 + 3 * 2) * 3 + 1  # pretraining, deletions and what only trains on, reFT, the judge
+    assert len(whole.runs) == n and said() == (n, f"{n} × new")
+    assert sweep.read("exp_stories", scale="smoke", out=str(out)).plan == whole.plan
+    [tokens] = (out / "stories").glob("tales-*")
+    (tokens / "test/F/shards.json").rename(tokens / "test/F/begun.json")
+    assert said() == not_yet
+    (tokens / "tokenizer.json").unlink()
+    assert said() == not_yet
+    costs = sweep.plan("smoke", device="cpu", experiments=asked)
+    assert costs.loc["exp_stories/smoke", "note"] == "stories are not tokenised yet" and len(costs) == 2
+    with pytest.raises(BadInput, match=r"of is 'exp_stories'; allowed: .* stories are not tokenised yet"):
+        sweep.sweep(Store(tmp_path / "runs"), "exp_stories", dict(scale="smoke"))
 
 
 def test_an_experiment_of_ones_own(tmp_path):
@@ -173,10 +211,74 @@ def test_a_file_says_of_and_grid(tmp_path):
         sweep.load_grid(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[" * 20_000, "recursion"),
+        ("of: pretraining\ngrid: {a: " + "[" * 5000 + "]" * 5000 + "}", "recursion"),
+        ("of: pretraining\ngrid:\n  seed: 1\n  seed: 2", "seed stands there twice"),
+        ("of: pretraining\nof: reft\ngrid: {seed: 1}", "of stands there twice"),
+        ("of: &a [x, x]\ngrid: {b: &b [*a, *a], c: [*b, *b]}", "aliases are not allowed"),
+        ("of: pretraining\ngrid: &g {<<: *g}", "aliases are not allowed"),
+        (f"of: pretraining\ngrid: {{seed: {'9' * 5000}}}", "more than 1000 characters"),
+        (f"of: pretraining\ngrid: {{seed: 0x{'f' * 5000}}}", "more than 1000 characters"),
+        ("of: pretraining\ngrid: {seed: 2024-13-45}", "month must be in 1..12"),
+        ("of: pretraining\ngrid: {seed: 1}\n" + "#" * 2**20, "up to 1048576 bytes"),
+    ],
+)
+def test_a_file_that_asks_for_too_much_or_twice_is_one_sentence(tmp_path, capsys, text, says):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert sweep.main(["grid", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("BadInput: file is") and says in error and error.count("\n") == 1 and len(error) < 1000
+
+
+def test_a_file_without_an_end_is_not_read_to_it():
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="up to 1048576 bytes"):
+        sweep.load_grid("/dev/zero")
+    assert time.monotonic() - began < 5
+
+
+def test_a_grid_of_too_many_points_or_too_large_numbers_is_refused_at_once(tmp_path):
+    many = {"scale": "smoke", **{f"recipe.{k}": list(range(1000)) for k in ("lr", "steps", "batch", "muon")}}
+    with pytest.raises(BadInput, match="grid is 'one of 1000000000000 points'; allowed: up to 100000 combinations"):
+        sweep.grid_plan("pretraining", many)
+    assert len(sweep.points(dict(a=list(range(1000)), b=list(range(100))))) == sweep.MOST_POINTS
+    file = tmp_path / "mine.yaml"
+    for large in (10**400, -(10**400), float("inf"), float("nan")):
+        with pytest.raises(BadInput, match=r"recipe\.lr is .*allowed: numbers"):
+            sweep.grid_plan("pretraining", {"scale": "smoke", "recipe.lr": large})
+    file.write_text(f"of: pretraining\ngrid: {{scale: smoke, recipe.lr: {10**400}}}")
+    with pytest.raises(BadInput, match=r"recipe\.lr is 1000"):
+        sweep.grid_plan(*sweep.load_grid(file))
+
+
 def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
     assert sweep.everything("desk") == sweep.everything("paper", "hub") == sweep.EXPERIMENTS
     assert sweep.everything("paper") == sweep.EXPERIMENTS[:-1]
     assert sweep.EXPERIMENTS[-1][0] == "exp_stories"
+
+
+def test_all_processes_train_what_the_first_one_finds_missing(tmp_path):
+    from tests.test_ranks import torchrun
+
+    script, store = tmp_path / "script.py", Store(tmp_path / "runs")
+    script.write_text(f"""
+import os
+from wrapperlib import sweep
+from wrapperlib.runs import Store
+missing = [sweep.one_run("pretraining", scale="smoke")] if os.environ["RANK"] == "0" else []
+sweep.together(Store({str(store.root)!r}), missing, "cpu", 0, None)
+""")
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert store.meta(sweep.one_run("pretraining", scale="smoke"))["processes"] == 2
+    train_all(store, sweep.read("exp_revival", scale="smoke").runs, workers=1, quiet=True)
+    given = ["exp_revival", "--scale", "smoke", "--device", "cpu", "--out", tmp_path]
+    done = torchrun(2, "-m", "wrapperlib.sweep", "train", *given)  # nothing is missing, and nobody waits for ever
+    assert done.returncode == 0 and "24 reused, 0 to train" in done.stdout, done.stderr[-3000:]
 
 
 def test_makespan_is_that_of_a_schedule():
@@ -190,6 +292,24 @@ def test_makespan_is_that_of_a_schedule():
         assert max(chain, alone / n) - 1e-9 <= sweep.makespan(seconds, n) <= alone / n + chain
 
 
+def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    asked = [("exp_revival", dict(priors="L"))]
+    cost = (1.0, 0.0), 2**30
+    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, device: {sweep.kind(r): cost for r in runs})
+    alone, shared, wide = (sweep.plan("smoke", device="cpu", experiments=asked, gpus=g) for g in (0, 0.25, 4))
+    assert shared["hours on 1"].equals(alone["hours on 4"].rename("hours on 1"))
+    assert shared["hours on 4"].equals(alone["hours on 16"].rename("hours on 4"))
+    assert wide["hours on 16"].equals(alone["hours on 4"].rename("hours on 16"))
+    assert wide["hours on 1"].map(lambda hours: hours == float("inf")).all()
+    with pytest.raises(BadInput, match=r"gpus is 1\.5; allowed: numbers from 0 to 1, or whole ones"):
+        sweep.plan("smoke", device="cpu", experiments=asked, gpus=1.5)
+    monkeypatch.setattr(sweep, "EXPERIMENTS", asked)
+    assert sweep.main(["plan", "--scale", "smoke", "--device", "cpu", "--gpus", "0.25"]) == 0
+    said = capsys.readouterr().out
+    assert "Not counted: probing, pruning" in said and "upper bound" in said
+    assert f"{shared.loc['all', 'hours on 1']:.3f}" in said
+
+
 def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, says in (
@@ -198,6 +318,7 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["paper", "--device", "tpu"], "device is 'tpu'"),
         (["paper", "--engine", "slurm"], "engine is 'slurm'; allowed: one of local, ray"),
         (["plan", "--seeds", "0"], "seeds is 0"),
+        (["plan", "--gpus", "1.5"], "gpus is 1.5; allowed: numbers from 0 to 1, or whole ones"),
         (["grid"], "file is None"),
         (["status", "mine.yaml"], "file is 'mine.yaml'"),
         (["train"], "file is None"),
@@ -232,6 +353,102 @@ def test_paper_goes_on_after_a_failure_and_says_where_to_look(tmp_path, monkeypa
     assert list(fast.index) == ["exp_broken/smoke"]
     with pytest.raises(BadInput, match="out is"):
         sweep.paper("smoke", out=str(broken), experiments=asked)
+
+
+def failing(which, error):
+    "An engine that trains all runs but some and those that start from them, and raises in the end."
+
+    def engine(store, missing, device, workers, line):
+        rest = [run for run in missing if not any(which(r) for r in run.lineage)]
+        train_all(store, rest, workers=1, quiet=True)
+        if len(rest) < len(missing):
+            raise error
+        return 0
+
+    return engine
+
+
+def test_a_run_that_fails_in_an_engine_leaves_a_table_and_the_other_experiments(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    given = dict(priors="L")
+    asked = [("exp_revival", given), ("exp_behavior", dict(task="count"))]
+    needed = sweep.read("exp_revival", scale="smoke", **given).runs
+    lost = NotFinite("pretraining, prior H, seed 0: the loss at step 3 is not finite")
+    table = sweep.paper(
+        "smoke", device="cpu", out=str(tmp_path), experiments=asked, engine=failing(lambda r: r not in needed, lost)
+    )
+    assert list(table.index) == ["training", "exp_revival/smoke", "exp_behavior/smoke"]
+    assert table.loc["training", "failed"] == f"NotFinite: {lost}; see {tmp_path / 'runs'}"
+    assert table.loc["training", "reused"].startswith("0 of ") and table.loc["training", "minutes"] >= 0
+    assert table.loc["exp_revival/smoke", "failed"] == "" and table.loc["exp_revival/smoke", "reused"] == "0 of 10 runs"
+    assert re.fullmatch(r"\d+ of its \d+ runs are not there, see the row training", table["failed"].iloc[-1])
+    assert not (tmp_path / "exp_behavior").exists() and not (tmp_path / "unfinished").exists()
+    monkeypatch.setattr(sweep, "EXPERIMENTS", asked)
+    monkeypatch.setattr(sweep, "Ray", lambda *_: failing(lambda r: r not in needed, lost))
+    arguments = ["paper", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path), "--engine", "ray"]
+    assert sweep.main([*arguments, "--fail-fast"]) == 1
+    said = capsys.readouterr().out
+    assert str(lost) in said and "exp_behavior/smoke" not in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost"), NotWritten("full"), OSError(28, "full"), BadInput("a node")])
+def test_any_error_of_an_engine_is_a_row_once_something_was_trained(tmp_path, error):
+    [_, *others] = sweep.read("exp_revival", scale="smoke", priors="L").runs
+    asked = dict(experiments=[("exp_revival", dict(priors="L"))], engine=failing(lambda r: r in others, error))
+    table = sweep.paper("smoke", device="cpu", out=str(tmp_path), **asked)
+    assert table.loc["training", "failed"] == f"{sweep._first_line(error)}; see {tmp_path / 'runs'}"
+    assert table.loc["exp_revival/smoke", "failed"] == "9 of its 10 runs are not there, see the row training"
+
+
+def test_an_engine_that_refuses_is_one_sentence_and_a_damaged_run_is_not(tmp_path):
+    asked = [("exp_revival", dict(priors="L")), ("exp_randft", {})]
+    common = dict(scale="smoke", device="cpu", out=str(tmp_path), fail_fast=True)
+    with pytest.raises(BadInput, match="address is"):
+        refuses = failing(lambda r: True, BadInput("address is 'nowhere'; allowed: a cluster"))
+        sweep.paper(**common, experiments=asked, engine=refuses)
+    store, plans = Store(tmp_path / "runs"), [sweep.read(n, scale="smoke", **g).runs for n, g in asked]
+    own = next(run for run in plans[1] if run not in plans[0] and not run.start)
+    train_all(store, [own], workers=1, quiet=True)
+    (store.path(own) / "weights.safetensors").write_bytes(b"damaged")
+    table = sweep.paper(**common, experiments=asked, engine=failing(lambda r: False, None))
+    assert list(table.index) == ["training"] and "file in the store is" in table.loc["training", "failed"]
+    assert all(store.finished(run) for run in plans[0])
+
+
+def test_whatever_goes_wrong_around_a_notebook_is_that_experiments_failure(tmp_path, monkeypatch):
+    import papermill
+
+    def executed(path, copy, given, **_):
+        assert copy.exists()
+        place = tmp_path / "exp_revival/smoke"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "provenance.json").write_text("{")
+
+    monkeypatch.setattr(papermill, "execute_notebook", executed)
+    experiment = sweep.read("exp_revival", scale="smoke", out=str(tmp_path))
+    row = sweep._execute(experiment, tmp_path)
+    assert re.fullmatch(f"JSONDecodeError: .*; see {tmp_path}/exp_revival/smoke", row["failed"])
+    (tmp_path / "unfinished").write_text("a file where a folder should be")
+    assert sweep._execute(experiment, tmp_path)["failed"].startswith("FileExistsError")
+
+
+def test_two_papers_at_once_do_not_share_a_copy(tmp_path, monkeypatch):
+    import papermill
+
+    copies = []
+
+    def executed(path, copy, given, **_):
+        copies.append(copy)
+        if len(copies) == 1:  # meanwhile another begins and fails
+            assert "second" in sweep._execute(experiment, tmp_path)["failed"]
+            copy.write_text("first")
+            raise ArithmeticError("first")
+        raise ArithmeticError("second")
+
+    monkeypatch.setattr(papermill, "execute_notebook", executed)
+    experiment = sweep.read("exp_revival", scale="smoke", out=str(tmp_path))
+    assert sweep._execute(experiment, tmp_path)["failed"] == f"ArithmeticError: first; see {copies[0]}"
+    assert copies[0] != copies[1] and copies[0].read_text() == "first"
 
 
 def test_a_thousand_finished_runs_are_recognised_in_seconds(tmp_path, monkeypatch):
@@ -371,6 +588,109 @@ runs.train_all(runs.Store("runs"), [run], workers=1, quiet=True)
 def test_ray_refuses(given, says):
     with pytest.raises(BadInput, match=says):
         sweep.Ray(**given)
+
+
+class Immediately:
+    "What `Ray` asks of the package; each task is done at once, here."
+
+    def __init__(self, fails, nodes=(dict(CPU=1.0),)):
+        self.exceptions = pytest.importorskip("ray").exceptions
+        self.fails, self.given, self.ended = fails, nodes, {}
+
+    def is_initialized(self):
+        return True
+
+    def get_runtime_context(self):
+        return SimpleNamespace(gcs_address="127.0.0.1:6379")
+
+    def nodes(self):
+        return [dict(Alive=True, Resources=node) for node in self.given]
+
+    def remote(self, **options):
+        return lambda function: SimpleNamespace(remote=lambda *given: self._begin(function, *given))
+
+    def _begin(self, function, root, run, *others):
+        job = len(self.ended)
+        try:
+            self.ended[job] = self.fails.get(run.name) or function(root, run, *others)
+        except Exception as e:
+            self.ended[job] = e
+        return job
+
+    def wait(self, jobs, timeout):
+        return jobs[:1], jobs[1:]
+
+    def get(self, job):
+        found = self.ended[job]
+        if isinstance(found, self.exceptions.RayError):
+            raise found
+        if isinstance(found, Exception):
+            raise self.exceptions.RayTaskError("task", "", found)
+        return found
+
+    def cancel(self, job, force):
+        raise AssertionError("nothing is cancelled")
+
+
+def on_ray(monkeypatch, store, missing, fails=None, engine=None, **given):
+    made = Immediately(fails or {}, **given)
+    monkeypatch.setattr(sweep, "_ray", lambda: made)
+    return train_all(store, missing, quiet=True, engine=engine or sweep.Ray())
+
+
+def test_a_run_that_fails_on_ray_stops_only_those_that_start_from_it(tmp_path, monkeypatch):
+    from ray.exceptions import NodeDiedError, RuntimeEnvSetupError
+
+    store, wanted = Store(tmp_path / "runs"), sweep.read("exp_revival", scale="smoke", priors="H L").runs
+    bases = {run.name: run for run in wanted if "prior H" in run.name and not run.start}
+    [(name, lost)] = bases.items()
+    with pytest.raises(NotFinite, match="prior H"):
+        on_ray(monkeypatch, store, wanted, {name: NotFinite(f"{name}: the loss is not finite")})
+    assert {run for run in wanted if not store.finished(run)} == {run for run in wanted if lost in run.lineage}
+    again = [replace(lost, seed=seed, name=f"seed {seed}") for seed in range(5)]
+    fails = {
+        "seed 0": NotFinite("seed 0: the loss is not finite"),
+        "seed 1": NodeDiedError("gone"),
+        "seed 2": RuntimeEnvSetupError("no environment"),
+        "seed 3": OSError(28, "No space left"),
+    }
+    with pytest.raises(RuntimeError) as found:
+        on_ray(monkeypatch, store, again, fails)
+    said = str(found.value)
+    assert said.startswith("4 runs failed, the others are kept: ") and store.finished(again[4])
+    assert "seed 0: the loss" in said and "No space left" in said
+    assert "seed 1: its workers were lost more than ten times" in said and "seed 2: Ray gave it up" in said
+
+
+def test_a_node_that_does_not_suit_is_refused_and_nothing_more_is_begun(tmp_path, monkeypatch):
+    store, wanted = Store(tmp_path / "runs"), sweep.read("exp_revival", scale="smoke", priors="L").runs
+    monkeypatch.setattr(sweep, "_await", lambda path: path.parent == store.root and not path.name.startswith(".seen"))
+    with pytest.raises(BadInput, match=r"store is .*allowed: a folder that all nodes share"):
+        on_ray(monkeypatch, store, wanted)
+    assert not [run for run in wanted if store.finished(run)]
+
+
+@pytest.mark.parametrize(
+    "nodes, given, says",
+    [
+        ([dict(CPU=0)], {}, "cluster is 'of 1 nodes with at most 0 cores and 0 GPUs'; allowed: one with a node"),
+        ([], {}, "of 0 nodes"),
+        ([dict(CPU=8), dict(CPU=8, GPU=2)], dict(gpus=4), "at most 8 cores and 2 GPUs'; .* a core and 4 GPUs"),
+        ([dict(CPU=8), dict(GPU=1)], dict(gpus=0.5), "a core and 0.5 GPUs"),
+        ([dict(CPU=1)], dict(address="127.0.0.1:1"), "address is '127.0.0.1:1'; allowed: 127.0.0.1:6379, to which"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused_before_it_is_waited_for(tmp_path, monkeypatch, nodes, given, says):
+    run = sweep.one_run("pretraining", scale="smoke")
+    with pytest.raises(BadInput, match=says):
+        on_ray(monkeypatch, Store(tmp_path / "runs"), [run], engine=sweep.Ray(**given), nodes=nodes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["", "auto", "127.0.0.1:6379", "localhost:6379"])
+def test_an_address_may_name_the_cluster_that_is_connected(tmp_path, monkeypatch, address):
+    run = sweep.one_run("pretraining", scale="smoke")
+    assert on_ray(monkeypatch, Store(tmp_path / "runs"), [run], engine=sweep.Ray(address))["trained"] == 1
 
 
 @pytest.fixture
