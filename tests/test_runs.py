@@ -1,5 +1,6 @@
 "The store: kills, two processes, damaged and foreign files."
 
+import errno
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas as pd
@@ -16,9 +18,20 @@ import torch
 from filelock import FileLock
 
 from wrapperlib import runs
-from wrapperlib.checks import BadInput
+from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.model import Shape
-from wrapperlib.runs import Run, Store, address, describe, publish, train_all, train_run, train_runs, write_whole
+from wrapperlib.runs import (
+    Run,
+    Store,
+    address,
+    check_results,
+    describe,
+    publish,
+    train_all,
+    train_run,
+    train_runs,
+    write_whole,
+)
 from wrapperlib.tasks import one_task
 from wrapperlib.training import Measure, NotFinite, Recipe, train
 
@@ -377,3 +390,82 @@ def test_a_file_of_somebody_elses_is_kept(tmp_path, name):
     publish(tmp_path, pd.DataFrame(dict(value=[1.0])), {}, about(), [])
     [kept] = (tmp_path / "earlier").iterdir()
     assert (kept / name).read_text() == "mine" and "mine" not in (tmp_path / name).read_text()
+
+
+@contextmanager
+def third_replacement_fails(folder, fail):
+    "While files in the folder itself are replaced, the third one fails: at that time the folder holds something of both."
+    replace, calls = os.replace, []
+
+    def replaced(source, target):
+        in_folder = pathlib.Path(target).parent == folder
+        calls.extend([target] * in_folder)
+        return fail() if in_folder and len(calls) == 3 else replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.os, "replace", replaced)
+        yield
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+OLD, NEW = (pd.DataFrame(dict(value=[x])) for x in (1.0, 2.0))
+TABLES = dict(table1=OLD, table2=OLD)
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failure_on_the_way_brings_all_results_back(tmp_path):
+    publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    before = files(tmp_path)
+    with (
+        pytest.raises(NotWritten, match=r"No space left.*what was there before is as it was"),
+        third_replacement_fails(tmp_path, no_space),
+    ):
+        publish(tmp_path, NEW, {}, about(), [], tables=dict.fromkeys((*TABLES, "table3"), NEW))
+    assert files(tmp_path) == before and not (tmp_path / "earlier").exists()
+    check_results(tmp_path)
+
+
+PUBLISH = """
+import os, pathlib, signal, sys
+from tests.test_runs import NEW, TABLES, about, publish, third_replacement_fails
+folder = pathlib.Path(sys.argv[1])
+with third_replacement_fails(folder, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    publish(folder, NEW, {}, about(), tables=dict.fromkeys(TABLES, NEW))
+"""
+
+
+def test_a_kill_on_the_way_leaves_the_earlier_results_whole(repo, tmp_path):
+    publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    before = files(tmp_path)
+    killed = subprocess.run(
+        [sys.executable, "-c", PUBLISH, str(tmp_path)], cwd=repo, env=os.environ | {"PYTHONPATH": str(repo)}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert files(kept) == before
+    check_results(kept)
+    with pytest.raises(BadInput, match="the file as it was written"):
+        check_results(tmp_path)
+    publish(tmp_path, NEW, {}, about(), tables=dict.fromkeys(TABLES, NEW))
+    check_results(tmp_path)
+    check_results(kept)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_further_tables_are_listed_and_kept_as_the_first(tmp_path):
+    paths = publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    assert [p.name for p in paths] == ["results.csv", "table1.csv", "table2.csv", "provenance.json"]
+    publish(tmp_path, OLD, {}, about(), tables=dict(table1=NEW))  # another number, and one table less
+    assert [p.name for p in check_results(tmp_path)] == ["results.csv", "table1.csv"]
+    assert not (tmp_path / "table2.csv").exists()
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert [p.name for p in check_results(kept)] == ["results.csv", "table1.csv", "table2.csv"]
+    for name in ("../up", "results"):
+        with pytest.raises(BadInput, match="table's name is"):
+            publish(tmp_path, OLD, {}, about(), tables={name: NEW})

@@ -446,7 +446,6 @@ class Store:
             return "new"
         return "differs in " + ", ".join(nearest)
 
-
     def _latest(self) -> list[Path]:
         "The records of the runs that ended last; looking through more of them would take longer than the reason is worth."
         with os.scandir(self.root) if self.root.is_dir() else nullcontext(()) as found:
@@ -940,22 +939,18 @@ def publish(
     figures: dict,  # name → matplotlib figure
     about: dict,  # as from `provenance`
     judged: list[dict] | None = None,  # claims as from `judge`, if there are any
+    tables: "dict[str, pd.DataFrame] | None" = None,  # name → a further table, written as name.csv without its index
 ) -> list[Path]:
-    "Write results.csv, claims.json, the figures as png and svg, and provenance.json; returns their paths."
-    from matplotlib import rc_context
-
-    for name in figures:
-        check(isinstance(name, str) and Path(name).name == name, "figure's name", name, "plain names of files")
-    contents = {"results.csv": table.to_csv(index=False).encode()}
+    "Write results.csv and further tables, claims.json, the figures as png and svg, and provenance.json; returns their paths."
+    for what, names in dict(figure=figures, table=tables or {}).items():
+        for name in names:
+            check(isinstance(name, str) and Path(name).name == name, f"{what}'s name", name, "plain names of files")
+    check("results" not in (tables or {}), "table's name", "results", "names other than that of the first table")
+    named = {"results": table} | (tables or {})
+    contents = {f"{name}.csv": each.to_csv(index=False).encode() for name, each in named.items()}
     if judged is not None:
         contents["claims.json"] = (json.dumps(judged, indent=1) + "\n").encode()
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            same_bytes = {"Date": None} if kind == "svg" else None
-            with rc_context({"svg.hashsalt": name}):
-                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
-            contents[f"{name}.{kind}"] = buffer.getvalue()
+    contents |= _drawn(figures)
     about = about | {"files": {name: _digest(data, 64) for name, data in contents.items()}}
     about["checksum"] = _checksum(about)
     folder, new = Path(folder), f".new-{uuid.uuid4().hex[:8]}"
@@ -964,29 +959,59 @@ def publish(
         for left in folder.glob(".new-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
-            for name, data in everything.items():  # all of it is on the disk before anything is moved
+            for name, data in everything.items():  # all of it is on the disk before anything is replaced
                 write_whole(folder / new / name, data)
-            _keep_earlier(folder, contents)
-            for name in everything:
-                os.replace(folder / new / name, folder / name)
-            _settle(folder)
+            old = _earlier(folder, contents)
+            kept = _keep(folder, folder / new / "earlier", old) if old else None
+            _exchange(folder, folder / new, [*everything], old, kept)
         finally:
             shutil.rmtree(folder / new, ignore_errors=True)
+    if kept:
+        print(f"the results that were here are kept in {kept}")
     return [folder / name for name in everything]
+
+
+def _drawn(figures: dict) -> dict[str, bytes]:
+    "Each figure as the bytes of a png and of an svg; drawn again, they are the same."
+    from matplotlib import rc_context
+
+    contents = {}
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            same_bytes = {"Date": None} if kind == "svg" else None
+            with rc_context({"svg.hashsalt": name}):
+                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
+            contents[f"{name}.{kind}"] = buffer.getvalue()
+    return contents
 
 
 @contextmanager
 def _alone_in(folder: Path):
     "Nobody else publishes here meanwhile; nothing is left behind, and the operating system lets go when a process ends."
+    path, handle = folder / ".lock", None
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        while handle is None or not _is_at(handle, path):  # who had it before has removed it
+            if handle is not None:
+                os.close(handle)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    "Whether an open file is the one that lies there."
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _provenance(folder: Path) -> dict | None:
@@ -1020,24 +1045,64 @@ def check_results(
     return [folder / name for name in about["files"]]
 
 
-def _keep_earlier(folder: Path, contents: dict[str, bytes]) -> None:
-    "Move what an earlier run left out of the way, unless the same is written again."
+def _earlier(folder: Path, contents: dict[str, bytes]) -> set[str]:
+    "Names of the files that an earlier run left; none if the same is written again."
     try:
         about = _provenance(folder)
-        listed = set(about["files"]) if about else None  # None: somebody else's file
+        listed = {Path(name).name for name in about["files"]} if about else None  # None: somebody else's file
     except FileNotFoundError:
         listed = set()
     there = {name: folder / name for name in contents if (folder / name).is_file()}
-    if listed is not None and all(path.read_bytes() == contents[name] for name, path in there.items()):
-        return
-    place = folder / "earlier" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
-    place.mkdir(parents=True)
-    for name in {*contents, *(Path(name).name for name in listed or ()), "provenance.json"}:
-        if (folder / name).is_file():
-            (folder / name).rename(place / name)
-    for notebook in filter(_executed, folder.glob("*.ipynb")):
-        shutil.copy2(notebook, place)
-    print(f"the results that were here are kept in {place}")
+    same = all(path.read_bytes() == contents[name] for name, path in there.items())
+    if same and listed is not None and listed <= contents.keys():
+        return set()
+    return {name for name in {*contents, *(listed or ()), "provenance.json"} if (folder / name).is_file()}
+
+
+def _keep(folder: Path, shelf: Path, old: set[str]) -> Path:
+    "Copy what an earlier run left to a folder of its own, which appears whole; returns that."
+    for path in [*(folder / name for name in old), *filter(_executed, folder.glob("*.ipynb"))]:
+        write_whole(shelf / path.name, path.read_bytes())
+        shutil.copystat(path, shelf / path.name)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    kept = folder / "earlier" / f"{stamp}-{uuid.uuid4().hex[:4]}"
+    kept.parent.mkdir(exist_ok=True)
+    shelf.rename(kept)
+    _settle(kept.parent)
+    return kept
+
+
+def _exchange(folder: Path, new: Path, names: list[str], old: set[str], kept: Path | None) -> None:
+    "Put the new files where the old ones are, the provenance last; if that fails, what was there comes back."
+    added = [name for name in names if not (folder / name).exists()]
+    try:
+        for name in names[:-1]:
+            os.replace(new / name, folder / name)
+        for name in old.difference(names):
+            (folder / name).unlink()
+        os.replace(new / names[-1], folder / names[-1])
+    except BaseException as e:
+        try:
+            _bring_back(folder, new, old, kept)
+            for name in added:
+                (folder / name).unlink(missing_ok=True)
+        except OSError:
+            why, place = getattr(e, "strerror", None) or e, kept or folder
+            raise NotWritten(f"{folder} cannot be written ({why}); what was there before is in {place}") from None
+        raise
+    _settle(folder)
+
+
+def _bring_back(folder: Path, new: Path, old: set[str], kept: Path | None) -> None:
+    "Undo an exchange that has failed; what was kept goes when all of it is there again."
+    for name in old:
+        write_whole(new / name, (kept / name).read_bytes())
+        shutil.copystat(kept / name, new / name)
+        os.replace(new / name, folder / name)
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
+        with suppress(OSError):  # others are in it
+            kept.parent.rmdir()
 
 
 def _executed(notebook: Path) -> bool:
