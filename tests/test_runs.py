@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -32,7 +32,7 @@ from wrapperlib.runs import (
     train_runs,
     write_whole,
 )
-from wrapperlib.tasks import one_task
+from wrapperlib.tasks import Domain, one_task
 from wrapperlib.training import Measure, NotFinite, Recipe, train
 
 
@@ -215,10 +215,102 @@ def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(re
         time.sleep(0.1)
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_worker_that_is_killed_stops_nothing(store, tmp_path, domain, monkeypatch, capsys):
+    "As by a system that is out of memory; the runs of all workers go on from their checkpoints."
+    wanted = [a_run(domain, steps=400, seed=s, start=a_run(domain, steps=10, seed=s)) for s in (0, 1)]
+    undisturbed, killed = Store(tmp_path / "undisturbed"), []
+    train_all(undisturbed, wanted, workers=1, quiet=True)
+
+    def kill_one(line, done, note=""):
+        if not killed and store.finished(wanted[0].start):
+            children = pathlib.Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            workers = [c for c in children if "spawn_main" in pathlib.Path(f"/proc/{c}/cmdline").read_text()]
+            os.kill(int(workers[0]), signal.SIGKILL)
+            killed.append(workers[0])
+
+    monkeypatch.setattr(runs.Line, "show", kill_one)
+    assert train_all(store, wanted, workers=2)["trained"] == 4
+    assert killed and "a worker process was killed" in capsys.readouterr().out
+    for run in wanted:
+        assert contents(store, run) == contents(undisturbed, run)
+
+
+class Deadly(type(one_task(Domain(length=24, window=16, nth=2), "C", "a"))):
+    "Strings that kill the process that asks for them."
+
+    def batch(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(domain, **changes):
+    run = a_run(domain, name="the deadly one", **changes)
+    stream = Deadly(**{f.name: getattr(run.stream, f.name) for f in fields(run.stream)})
+    return replace(run, stream=stream, measures=())
+
+
+def test_a_run_that_kills_its_worker_each_time_is_given_up(store, domain):
+    fatal, others = deadly(domain), [a_run(domain, steps=5, seed=s) for s in range(3)]
+    after = a_run(domain, start=fatal, name="the one after it")
+    said = "^the deadly one: its worker process was killed 3 times .*; left out, .*: the one after it$"
+    with pytest.raises(RuntimeError, match=said):
+        train_all(store, [after, *others], workers=2, quiet=True)
+    assert all(map(store.finished, others)) and not store.finished(fatal)
+
+
+def test_a_script_without_its_main_says_so(repo, tmp_path):
+    script = tmp_path / "many.py"
+    script.write_text(MANY.replace('if __name__ == "__main__":', "if True:"))
+    command = [sys.executable, str(script), str(tmp_path / "runs"), "10"]
+    done = subprocess.run(command, cwd=repo, env=os.environ | {"PYTHONPATH": str(repo)}, capture_output=True, text=True)
+    assert done.returncode and "RuntimeError: no worker process came up: this is a script that lacks" in done.stderr
+
+
+def diverging(domain, name, **changes):
+    run = a_run(domain, steps=5, name=name, **changes)
+    return replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_that_fail_stop_only_those_that_start_from_them(store, domain, workers):
+    one, two = (diverging(domain, f"broken {s}", seed=s) for s in (1, 2))
+    good = [a_run(domain, steps=5, seed=s, start=a_run(domain, steps=5, seed=s)) for s in (3, 4)]
+    after = a_run(domain, steps=5, start=one, name="after")
+    last = a_run(domain, steps=5, start=after, name="last")
+    with pytest.raises(NotFinite) as found:
+        train_all(store, [one, two, last, *good], workers=workers, quiet=True)
+    said = (
+        r"2 runs failed: broken \d: the loss of .*; broken \d: the loss of .*; left out, as they start from there: (.*)"
+    )
+    assert set(re.fullmatch(said, str(found.value))[1].split(", ")) == {"after", "last"}
+    assert all(map(store.finished, good)) and not any(map(store.finished, (one, two, after, last)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_program_goes_on_without_the_run_that_failed(store, domain):
+    first, *others = (a_run(domain, steps=5, seed=s, measures=(), name=f"run {s}") for s in range(4))
+    train_run(store, first)
+    train, failed = runs.train_stack, []
+
+    def one_fails(trainees, *rest):
+        if not failed:
+            failed.append(1)
+            raise NotFinite("it is not finite", 1)
+        return train(trainees, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "train_stack", one_fails)
+        patch.setattr(
+            runs, "_next_group", lambda store, waiting, most: [first, *waiting]
+        )  # one of them is there by now
+        with pytest.raises(NotFinite, match="^run 2: it is not finite$"):
+            runs._train_here(store, others, "cpu", 8, None)
+    assert [store.finished(run) for run in others] == [True, False, True]
+
+
 def test_a_run_that_fails_says_which(store, domain):
     def broken(name, **changes):
-        run = a_run(domain, steps=5, name=name, **changes)
-        return replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+        return diverging(domain, name, **changes)
 
     with pytest.raises(NotFinite, match="the broken one: the loss of step"):
         train_all(store, [broken("the broken one")], workers=1, quiet=True)

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -535,39 +536,49 @@ def train_runs(
     report: Callable[[int], None] | None = None,  # called with the number of steps done
     save_every: float = 20.0,  # seconds between checkpoints
 ) -> None:
-    "Train runs as one program, each as `train_run` would."
+    "Train runs as one program, each as `train_run` would. Raises `NotFinite`, whose `which` is the run's place."
     with ExitStack() as locks:
         if ranks()[0] == 0:  # of processes that train a run together the first one keeps it
             for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
                 locks.enter_context(_lock(store, run, report))
         _wait_for_all()
-        runs = [run for run in runs if not store.finished(run)]
-        if not runs:
-            return
-        found = [store.checkpoint(run) for run in runs]
-        began = time.perf_counter()
-
-        def used(before):
-            seconds = round(before.get("seconds", 0) + (time.perf_counter() - began) / len(runs), 2)
-            return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
-
-        def save(kept):
-            for run, progress, (_, before) in zip(runs, kept, found):
-                store.save_partial(run, progress, used(before))
-
-        trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
-        first = ranks()[0] == 0
-        _wait_for_all()  # what they go on from is read before it is replaced
-        with _one_thread():
+        if missing := [run for run in runs if not store.finished(run)]:
             try:
-                logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
+                _train_and_keep(store, missing, device, report, save_every)
             except NotFinite as e:
-                run = runs[e.which]
-                raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
-        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found) if first else ():
-            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
-            store.put(run, trainee.model, log, facts | dict(versions=versions("torch", "numpy"), finished=now()))
-        _wait_for_all()  # nobody asks for it before it is there
+                raise NotFinite(str(e), runs.index(missing[e.which])) from None
+            _wait_for_all()  # nobody asks for it before it is there
+
+
+def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_every: float) -> None:
+    "Train runs that are not there as one program; whoever calls this has locked them."
+    found = [store.checkpoint(run) for run in runs]
+    began = time.perf_counter()
+
+    def used(before):
+        seconds = round(before.get("seconds", 0) + (time.perf_counter() - began) / len(runs), 2)
+        return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
+
+    def save(kept):
+        for run, progress, (_, before) in zip(runs, kept, found):
+            store.save_partial(run, progress, used(before))
+
+    trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
+    first = ranks()[0] == 0
+    _wait_for_all()  # what they go on from is read before it is replaced
+    with _one_thread():
+        try:
+            logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
+        except NotFinite as e:
+            run = runs[e.which]
+            raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
+    for k, (run, trainee, log, (resume, before)) in enumerate(zip(runs, trainees, logs, found) if first else ()):
+        facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
+        facts |= dict(versions=versions("torch", "numpy"), finished=now())
+        try:
+            store.put(run, trainee.model, log, facts)
+        except NotFinite as e:
+            raise NotFinite(str(e), k) from None
 
 
 def _wait_for_all() -> None:
@@ -724,7 +735,8 @@ def train_all(
     runs whenever they were trained, the seconds they took and the devices they were trained on.
 
     Raises `BadInput` before any training if a file in the store cannot be trusted, and the error of a run that fails;
-    runs that had finished by then stay.
+    runs that had finished by then stay. A run whose numbers become infinite, or whose worker process is killed three times, stops only those
+    that start from it: all others are trained first, then one error, `NotFinite` or `RuntimeError`, names each run that failed and why.
     """
     wanted = list(dict.fromkeys(r for run in runs for r in run.lineage))
     found = {run: store.verify(run) for run in wanted}
@@ -761,11 +773,56 @@ def _grouped(pairs) -> dict[str, list[str]]:
     return groups
 
 
+class _Queue:
+    "Runs that wait, the one with the longest chain of work behind it first, and those that failed, which stop only the runs that start from them."
+
+    def __init__(self, missing: list[Run]):
+        self.waiting = sorted(missing, key=lambda r: -_chain(r, missing))
+        self.failed, self.left_out, self.lost = {}, [], Counter()
+
+    def ready(self, busy: list[Run], room: int) -> list[Run]:
+        "Runs that could begin while others are busy and there is room. What was lost twice goes on alone, so that a third loss is its own."
+        held, suspects = {*self.waiting, *busy}, {r for r, times in self.lost.items() if times > 1}
+        free = sorted((r for r in self.waiting if r.start not in held), key=lambda r: r not in suspects)
+        return free[: max(0, (1 if suspects & held else room) - len(busy))]
+
+    def fail(self, run: Run, error: Exception) -> None:
+        "Note why a run failed, and leave out those that need it."
+        self.failed[run] = error
+        self.left_out += [r for r in self.waiting if run in r.lineage[:-1]]
+        self.waiting = [r for r in self.waiting if run not in r.lineage]
+
+    def lose(self, run: Run) -> None:
+        "Let a run wait again whose worker was killed, up to twice."
+        self.lost[run] += 1
+        if self.lost[run] < _LOSSES:
+            self.waiting.insert(0, run)
+        else:
+            why = f"its worker process was killed {_LOSSES} times (out of memory?); its checkpoint is kept"
+            self.fail(run, RuntimeError(f"{run.name or address(run)}: {why}"))
+
+    def end(self) -> None:
+        "Raise one error that names each run that failed, and why, if any did."
+        if not self.failed:
+            return
+        errors = [*self.failed.values()]
+        kind = NotFinite if all(isinstance(e, NotFinite) for e in errors) else RuntimeError
+        said = "; ".join(map(str, errors))
+        if len(errors) > 1:
+            said = f"{len(errors)} runs failed: {said}"
+        if self.left_out:
+            said += f"; left out, as they start from there: {', '.join(r.name or address(r) for r in self.left_out)}"
+        raise kind(said)
+
+
+_LOSSES = 3
+
+
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    waiting, done, shown = list(missing), 0.0, [0.0]
-    while waiting:
-        group = _next_group(store, waiting, at_once)
+    queue, done, shown = _Queue(missing), 0.0, [0.0]
+    while queue.waiting:
+        group = _next_group(store, queue.waiting, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
 
         def report(step, steps=group[0].recipe.steps, done=done, cost=cost, names=names):
@@ -773,12 +830,17 @@ def _train_here(store, missing, device, at_once, line) -> int:
                 line.show(done + cost * step / steps, names)
                 shown[0] = time.monotonic()
 
-        train_runs(store, group, device, report)
-        waiting = [run for run in waiting if run not in group]
+        try:
+            train_runs(store, group, device, report)
+        except NotFinite as e:  # the others of its group go on without it
+            queue.fail(group[e.which], e)
+            continue
+        queue.waiting = [run for run in queue.waiting if run not in group]
         done += cost
         for run in group if line else ():
             line.ended(done, run.name)
             line.show(done)
+    queue.end()
     return 0
 
 
@@ -794,15 +856,16 @@ class Stopped(RuntimeError):
 
 
 _worker = {}
+_BEGUN, _STOP = 0, 1  # places of the flags
 _WORTH_MEASURING = 5000  # steps to train; below, measuring takes longer than it saves
 
 
-def _begin_worker(queue, stop, parent):
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all of a terminal's processes; the parent says what to do
+def _begin_worker(steps, flags, parent):
+    # Ctrl-C reaches all of a terminal's processes; the parent says what to do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _worker.update(queue=queue, stop=stop)
+    _worker.update(steps=steps, flags=flags)
+    flags[_BEGUN] = 1
 
 
 def _leave_with(parent: int):
@@ -813,15 +876,11 @@ def _leave_with(parent: int):
 
 def _train_in_worker(root: Path, run: Run, key: int, device: str) -> tuple[int, int]:
     "Train a run in a worker; returns the process and its peak memory in bytes."
-    said = 0.0
 
     def report(step):
-        nonlocal said
-        if _worker["stop"].is_set():
+        if _worker["flags"][_STOP]:
             raise Stopped(run.name)
-        if time.monotonic() - said > 0.5:
-            _worker["queue"].put((key, step))
-            said = time.monotonic()
+        _worker["steps"][key] = max(step, _worker["steps"][key])
 
     train_run(Store(root), run, device, report)
     return os.getpid(), peak_memory()
@@ -844,46 +903,78 @@ def _most_at_once(pool, run: Run, limit: int) -> int:
 
 
 def _train_side_by_side(store, missing, device, workers, line) -> int:
-    context = multiprocessing.get_context("spawn")
-    limit = min(workers or cores(), len(missing))
-    queue, stop, peaks = context.SimpleQueue(), context.Event(), {}
-    waiting = sorted(missing, key=lambda r: -_chain(r, missing))
-    steps, futures = [0] * len(waiting), {}
-    order = {run: i for i, run in enumerate(waiting)}
+    queue, room, peaks = _Queue(missing), min(workers or cores(), len(missing)), {}
+    # plain memory: a lock could be held by a worker that is killed
+    steps, order = _context.RawArray("q", len(missing)), {run: i for i, run in enumerate(missing)}
+    measure = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
 
     def done():
         return sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in order.items())
 
-    pool = ProcessPoolExecutor(limit, context, _begin_worker, (queue, stop, os.getpid()))
-    try:
-        long = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
-        at_once = _most_at_once(pool, waiting[0], limit) if long else limit
-        while waiting or futures:
-            busy = {*futures.values(), *waiting}
-            for run in [r for r in waiting if r.start not in busy][: at_once - len(futures)]:
-                waiting.remove(run)
-                futures[pool.submit(_train_in_worker, store.root, run, order[run], device)] = run
-            ended, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                key, step = queue.get()
-                steps[key] = max(steps[key], step)
-            for future in ended:
-                run = futures.pop(future)
-                process, peaks[process] = future.result()
-                steps[order[run]] = run.recipe.steps
+    def begin(pool, run):
+        return pool.submit(_train_in_worker, store.root, run, order[run], device)
+
+    def ended(run, process, peak):
+        peaks[process], steps[order[run]] = peak, run.recipe.steps
+        if line:
+            line.ended(done(), run.name)
+
+    while queue.waiting:
+        with _pool(room, steps) as pool:
+            if measure:
+                measure, room = False, _most_at_once(pool, queue.waiting[0], room)
+            for jobs in _work_off(queue, pool, room, begin, ended):
                 if line:
-                    line.ended(done(), run.name)
-            if line:
-                line.show(done(), ", ".join(run.name for run in futures.values()))
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process ended before its time: killed (out of memory?), or this is a script that lacks "
-            "`if __name__ == '__main__':`. Finished runs and checkpoints are kept, run again to go on"
-        ) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+                    line.show(done(), ", ".join(run.name for run in jobs.values()))
+        if line and queue.waiting:
+            print("a worker process was killed; what it and the others trained goes on from its checkpoints")
+    queue.end()
     return sum(peaks.values())
+
+
+_context = multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def _pool(workers: int, steps):
+    "Worker processes that stop when this is left. If one of them is killed, all end, and the next pool goes on."
+    flags = _context.RawArray("b", 2)
+    pool = ProcessPoolExecutor(workers, _context, _begin_worker, (steps, flags, os.getpid()))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        pass
+    finally:
+        flags[_STOP] = 1
+        pool.shutdown(wait=True, cancel_futures=True)
+    if not flags[_BEGUN]:
+        raise RuntimeError(
+            "no worker process came up: this is a script that lacks `if __name__ == '__main__':`, or they were killed "
+            "(out of memory?). Finished runs and checkpoints are kept, run again to go on"
+        )
+
+
+def _work_off(queue: _Queue, pool, room: int, begin, ended):
+    "Train what waits until nothing does or the pool is broken; yields what is being trained, every second and whenever a run ends."
+    jobs, broken = {}, False
+    while jobs or (queue.waiting and not broken):
+        for run in [] if broken else queue.ready([*jobs.values()], room):
+            try:
+                jobs[begin(pool, run)] = run
+            except BrokenProcessPool:  # since the last look
+                broken = True
+                break
+            queue.waiting.remove(run)
+        for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED)[0]:
+            run = jobs.pop(job)
+            try:
+                ended(run, *job.result())
+            except NotFinite as e:
+                queue.fail(run, e)
+            except BrokenProcessPool:
+                broken = True
+                queue.lose(run)
+        yield jobs
 
 
 def peak_memory() -> int:
