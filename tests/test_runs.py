@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,46 @@ def test_comments_and_docstrings_do_not_make_runs_stale(tmp_path, monkeypatch):
     plain = digest('def f(x):\n    "Says something."\n    return x + 1\n')
     assert plain == digest('# a comment\ndef f(x):  # x\n    "Says something else."\n\n    return x + 1\n')
     assert plain != digest('def f(x):\n    "Says something."\n    return x + 2\n')
+
+
+EDITED = """
+import pathlib, sys
+from tests.test_runs import a_run
+from wrapperlib import runs
+from wrapperlib.checks import BadInput
+from wrapperlib.tasks import Domain
+
+def edit():
+    file = pathlib.Path(runs.__file__).with_name("tasks.py")
+    file.write_text(file.read_text() + "\\nX = 1\\n")
+
+def refusal(work):
+    try:
+        work()
+    except BadInput as e:
+        print(e)
+
+if __name__ == "__main__":
+    some = [a_run(Domain(length=24, window=16, nth=2), steps=3, seed=s) for s in (0, 1)]
+    if sys.argv[1] == "before":  # the address is asked for
+        edit()
+        refusal(lambda: runs.address(some[0]))
+    else:
+        runs.address(some[0])
+        edit()
+        refusal(lambda: runs.train_all(runs.Store("runs"), some, workers=2, quiet=True))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_code_that_was_edited_after_it_was_imported_is_refused(repo, tmp_path, when):
+    for part in ("wrapperlib", "tests"):
+        shutil.copytree(repo / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "script.py").write_text(EDITED)
+    command, path = [sys.executable, "script.py", when], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=True)
+    assert re.fullmatch("source is .*edited since.*restart to use it\n", done.stdout), done.stderr
+    assert not list(tmp_path.glob("runs/*-*"))
 
 
 def test_side_by_side_gives_the_same_bits_as_one_after_the_other(tmp_path, domain):
@@ -303,7 +344,7 @@ def test_a_program_goes_on_without_the_run_that_failed(store, domain):
         patch.setattr(
             runs, "_next_group", lambda store, waiting, most: [first, *waiting]
         )  # one of them is there by now
-        with pytest.raises(NotFinite, match="^run 2: it is not finite$"):
+        with pytest.raises(NotFinite, match=r"^run 2: it is not finite$"):
             runs._train_here(store, others, "cpu", 8, None)
     assert [store.finished(run) for run in others] == [True, False, True]
 

@@ -133,9 +133,17 @@ def source_digests(
     return {name: _digest(_bare_source(f"wrapperlib.{name}").encode()) for name in modules}
 
 
+# the library's files as they were imported: a digest of what was edited since would name numbers that other code made
+_IMPORTED = {path: _digest(path.read_bytes()) for path in Path(sys.modules["wrapperlib"].__path__[0]).glob("[!_]*.py")}
+
+
 def _bare_source(module: str) -> str:
     loaded = getattr(sys.modules.get(module), "__file__", None)  # a script has a file, but no spec
-    tree = ast.parse(Path(loaded or importlib.util.find_spec(module).origin).read_text())
+    path = Path(loaded or importlib.util.find_spec(module).origin)
+    source = path.read_bytes()
+    same = _IMPORTED.get(path) in (None, _digest(source))
+    check(same, "source", path, "the file as it was when it was imported; it was edited since, restart to use it")
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -874,8 +882,14 @@ def _leave_with(parent: int):
     os._exit(1)  # what is half written has another name; the next process goes on from the checkpoint
 
 
-def _train_in_worker(root: Path, run: Run, key: int, device: str) -> tuple[int, int]:
+def _train_in_worker(root: Path, run: Run, expected: str, key: int, device: str) -> tuple[int, int]:
     "Train a run in a worker; returns the process and its peak memory in bytes."
+    check(
+        address(run) == expected,
+        "source",
+        "edited since training began",
+        "the one that training began with; restart to use it",
+    )
 
     def report(step):
         if _worker["flags"][_STOP]:
@@ -912,7 +926,7 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
         return sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in order.items())
 
     def begin(pool, run):
-        return pool.submit(_train_in_worker, store.root, run, order[run], device)
+        return pool.submit(_train_in_worker, store.root, run, address(run), order[run], device)
 
     def ended(run, process, peak):
         peaks[process], steps[order[run]] = peak, run.recipe.steps
