@@ -347,11 +347,15 @@ class Store:
         check(ours, "file in the store", path, "the record of the run that its folder is named after")
         return meta
 
-    def log(self, run: Run) -> "pd.DataFrame":
+    def log(
+        self,
+        run: Run,  # a finished run
+        meta: dict | None = None,  # what `run.json` says of it, if that was read already
+    ) -> "pd.DataFrame":
         "The finished run's measurements: columns step, metric, c_te, value."
         import pandas as pd
 
-        return pd.read_csv(self._whole(run, "log.csv", self.meta(run)))
+        return pd.read_csv(self._whole(run, "log.csv", meta or self.meta(run)))
 
     def model(self, run: Run) -> GPT:
         "The finished run's model, on the CPU."
@@ -738,6 +742,8 @@ def train_all(
     workers: int = 0,  # runs side by side; 0: as many as together train the most, on a GPU 8
     quiet: bool = False,  # show nothing
     engine: Callable | None = None,  # what trains instead of this machine's processes, such as `sweep.Ray`
+    known: dict[Run, dict | None]
+    | None = None,  # what `Store.verify` says, if some of them were verified already; of the others it is added
 ) -> dict:
     """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
     runs whenever they were trained, the seconds they took and the devices they were trained on.
@@ -747,8 +753,9 @@ def train_all(
     that start from it: all others are trained first, then one error, `NotFinite` or `RuntimeError`, names each run that failed and why.
     """
     wanted = list(dict.fromkeys(r for run in runs for r in run.lineage))
-    found = {run: store.verify(run) for run in wanted}
-    missing = [run for run, record in found.items() if record is None]
+    found = {} if known is None else known
+    found |= {run: store.verify(run) for run in wanted if run not in found}
+    missing = [run for run in wanted if found[run] is None]
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
@@ -756,7 +763,8 @@ def train_all(
             print(f"  {len(group)} × {reason}")
     if missing:
         summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet, engine)
-    records = [found[run] or store.meta(run) for run in wanted]
+    found |= {run: store.meta(run) for run in missing}
+    records = [found[run] for run in wanted]
     summary["seconds_in_runs"] = round(sum(record["seconds"] for record in records), 1)
     summary["devices"] = sorted({device for record in records for device in record["devices"]})
     return summary
