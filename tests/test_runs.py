@@ -602,3 +602,17 @@ def test_further_tables_are_listed_and_kept_as_the_first(tmp_path):
     for name in ("../up", "results"):
         with pytest.raises(BadInput, match="table's name is"):
             publish(tmp_path, OLD, {}, about(), tables={name: NEW})
+
+
+def test_reasons_of_many_runs_take_one_look_at_the_store(store, domain, monkeypatch):
+    there = [a_run(domain, steps=5, seed=s) for s in range(3)]
+    for run in there:
+        store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+    missing = [a_run(domain, steps=6, seed=s) for s in range(4)]
+    looks, there = [], runs._There
+    monkeypatch.setattr(runs, "_There", lambda root: looks.append(root) or there(root))
+    assert [*store.reasons(missing).values()] == [store.why(run) for run in missing]
+    assert len(looks) == 1 + len(missing)
+    looks.clear()
+    train_all(store, missing, workers=1)
+    assert len(looks) == 1

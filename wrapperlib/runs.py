@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,12 +28,12 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -442,28 +443,65 @@ class Store:
         run: Run,  # any run
     ) -> str:
         "Why a run is trained: which setting or source differs from the nearest run that is there."
+        return self.reasons([run])[run]
+
+    def reasons(
+        self,
+        runs: Iterable[Run],  # any runs
+    ) -> dict[Run, str]:
+        "For each run what `why` says; the store is looked through once."
+        there = _There(self.root)
+        return {run: self._reason(run, there) for run in runs}
+
+    def _reason(self, run: Run, there: "_There") -> str:
         if self.partial(run).exists():
             return "goes on from its checkpoint"
-        config, _, _ = address(run).partition("-")
-        for record in filter(None, map(_record, sorted(self.root.glob(f"{config}-*/run.json")))):
+        for record in there.of(address(run).partition("-")[0]):
             changed = [s for s, d in sources_of(run).items() if record["sources"].get(s) != d]
             return "source changed: " + ", ".join(changed)
-        nearest = None
-        for other in filter(None, map(_record, self._latest())):
-            found = _differences(describe(run), other["config"])
-            if nearest is None or len(found) < len(nearest):
-                nearest = found
-            if len(nearest) == 1:  # nearer is none: the same configuration would have been found above
+        ours, nearest, most = there.shared(describe(run)), None, 4  # with four differences it is another run
+        for config in there.latest:
+            found = list(itertools.islice(_differences(ours, config), most))
+            if len(found) < most:
+                nearest, most = found, len(found)
+            if most == 1:  # nearer is none: the same configuration would have been found above
                 break
-        if nearest is None or len(nearest) > 3:
-            return "new"
-        return "differs in " + ", ".join(nearest)
+        said = (f"{name} ({_short(now)}, was {_short(then)})" for name, now, then in nearest or ())
+        return "differs in " + ", ".join(said) if nearest else "new"
 
-    def _latest(self) -> list[Path]:
-        "The records of the runs that ended last; looking through more of them would take longer than the reason is worth."
-        with os.scandir(self.root) if self.root.is_dir() else nullcontext(()) as found:
-            there = [(entry.stat().st_mtime, entry.path) for entry in found if entry.name[0] != "."]
-        return [Path(path) / "run.json" for _, path in sorted(there, reverse=True)[:_LOOKED_AT]]
+
+class _There:
+    "The records in a store, read when they are first asked for. Parts of configurations that are equal are one object."
+
+    def __init__(self, root: Path):
+        self.root, self._parts = root, {}
+        with os.scandir(root) if root.is_dir() else nullcontext(()) as found:
+            there = [(entry.stat().st_mtime, entry.name) for entry in found if entry.name[0] != "."]
+        self._names = [name for _, name in sorted(there, reverse=True)]
+
+    @cached_property
+    def _of(self) -> dict[str, list[str]]:
+        "A configuration's digest → folders."
+        return _grouped((name.partition("-")[0], name) for name in sorted(self._names))
+
+    def of(self, config: str) -> Iterator[dict]:
+        "The records of runs with a configuration of that digest."
+        return filter(None, (_record(self.root / name / "run.json") for name in self._of.get(config, ())))
+
+    @cached_property
+    def latest(self) -> list[dict]:
+        "The configurations of the runs that ended last; looking through more of them would take longer than the reason is worth."
+        records = (_record(self.root / name / "run.json") for name in self._names[:_LOOKED_AT])
+        return [self.shared(record["config"]) for record in records if record]
+
+    def shared(self, part: object) -> object:
+        "The same, and the very same wherever it occurs again."
+        if isinstance(part, dict):
+            part = {name: self.shared(value) for name, value in part.items()}
+            key = tuple(part), tuple(map(id, part.values()))
+        else:
+            key = json.dumps(part)
+        return self._parts.setdefault(key, part)
 
 
 _LOOKED_AT = 400
@@ -516,13 +554,14 @@ def _read_record(path: Path, modified: int, size: int) -> dict | None:
     return record if whole else None
 
 
-def _differences(ours: object, theirs: object, name: str = "") -> list[str]:
-    "Settings in which two configurations differ, as `recipe.steps (3000, was 2000)`."
-    if ours == theirs:
-        return []
+def _differences(ours: object, theirs: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    "Settings in which two configurations differ: the name, as `recipe.steps`, and both values."
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        return [d for key in ours for d in _differences(ours[key], theirs[key], f"{name}.{key}".lstrip("."))]
-    return [f"{name} ({_short(ours)}, was {_short(theirs)})"]
+        for key, value in ours.items():
+            if value is not theirs[key]:
+                yield from _differences(value, theirs[key], f"{name}.{key}".lstrip("."))
+    elif ours != theirs:
+        yield name, ours, theirs
 
 
 def _short(value: object) -> str:
@@ -759,7 +798,7 @@ def train_all(
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
-        for reason, group in _grouped((store.why(r), r.name) for r in missing).items():
+        for reason, group in _grouped((why, r.name) for r, why in store.reasons(missing).items()).items():
             print(f"  {len(group)} × {reason}")
     if missing:
         summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet, engine)
