@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -166,9 +167,9 @@ train_run(Store(sys.argv[1]), a_run(Domain(length=24, window=16, nth=2), steps=i
 """
 
 
-def start(repo, store, steps):
+def start(repo, store, steps, before=""):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(store.root), str(steps)],
+        [sys.executable, "-c", before + SCRIPT, str(store.root), str(steps)],
         cwd=repo,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(repo)},
@@ -236,9 +237,9 @@ def alive(pid):
 def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(repo, tmp_path):
     script = tmp_path / "many.py"
     script.write_text(MANY)
-    store = Store(tmp_path / "runs")
+    store, steps = Store(tmp_path / "runs"), 2000
     parent = subprocess.Popen(
-        [sys.executable, str(script), str(store.root), "100000"],
+        [sys.executable, str(script), str(store.root), str(steps)],
         cwd=repo,
         env=os.environ | {"PYTHONPATH": str(repo)},
         stdout=subprocess.DEVNULL,
@@ -254,6 +255,10 @@ def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(re
     while any(map(alive, tasks)):
         assert time.monotonic() < deadline, "workers outlive the process that started them"
         time.sleep(0.1)
+    wanted = [a_run(Domain(length=24, window=16, nth=2), steps=steps, seed=s) for s in (0, 1)]
+    assert not any(map(store.finished, wanted)) and not list(store.root.glob("*-*"))
+    assert train_all(store, wanted, workers=2, quiet=True)["trained"] == 2
+    assert all(map(store.verify, wanted))
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
@@ -616,3 +621,127 @@ def test_reasons_of_many_runs_take_one_look_at_the_store(store, domain, monkeypa
     looks.clear()
     train_all(store, missing, workers=1)
     assert len(looks) == 1
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    "A file system that knows no locks."
+
+    def acquire(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+
+
+def test_two_who_train_one_run_without_locks_harm_nobody(store, tmp_path, domain, monkeypatch, no_locks):
+    "One of them is all done while the other is about to rename its checkpoint."
+    run, replace_, quicker = a_run(domain, steps=30), os.replace, []
+
+    def replaced(source, target):
+        if pathlib.Path(target) == store.partial(run) and not quicker:
+            quicker.append(1)
+            train_run(store, run)
+            quicker.append(contents(store, run))
+        return replace_(source, target)
+
+    monkeypatch.setattr(runs.os, "replace", replaced)
+    train_run(store, run, save_every=0)
+    monkeypatch.undo()
+    alone = Store(tmp_path / "alone")
+    train_run(alone, run)
+    assert contents(store, run) == quicker[1] == contents(alone, run)
+    assert not list(store.root.glob("partial/*")) and not list(store.root.glob(".*"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_missed_once_the_run_is_there(store, domain, monkeypatch, no_locks):
+    run, other = a_run(domain, steps=10), a_run(domain, steps=11)
+
+    def full(self, run, *_):
+        raise NotWritten("the disk is full")
+
+    def full_and_done_by_another(self, run, *_):
+        if not store.finished(run):
+            monkeypatch.setattr(Store, "save_partial", lambda *_: None)
+            train_run(store, run)
+        full(self, run)
+
+    monkeypatch.setattr(Store, "save_partial", full_and_done_by_another)
+    train_run(store, run, save_every=0)
+    assert store.verify(run)
+    monkeypatch.setattr(Store, "save_partial", full)
+    with pytest.raises(NotWritten, match="the disk is full"):
+        train_run(store, other, save_every=0)
+
+
+NO_LOCKS = """
+import errno, filelock
+
+def acquire(*_, **__):
+    raise OSError(errno.ENOLCK, "no locks")
+
+filelock.FileLock.acquire = acquire
+"""
+
+
+def test_two_processes_without_locks(repo, tmp_path):
+    store = Store(tmp_path / "shared")
+    both = [start(repo, store, 150, NO_LOCKS) for _ in range(2)]
+    said = [p.communicate(timeout=180)[0].decode() for p in both]
+    assert [p.returncode for p in both] == [0, 0] and any("steps" in text for text in said)
+    assert store.verify(a_run(Domain(length=24, window=16, nth=2), steps=150))
+    assert not list(store.root.glob("partial/.*")) and not list(store.root.glob(".*"))
+
+
+def leave_half_written(store, run):
+    "As a process that is killed does."
+    for path in (
+        store.partial(run).with_name(f".{store.partial(run).name}.0"),
+        store.root / f".{address(run)}.0" / "x",
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+
+
+def test_what_a_killed_process_had_half_written_goes_before_training(store, domain):
+    run = a_run(domain, steps=3)
+    leave_half_written(store, run)
+    train_run(store, run)
+    assert not list(store.root.glob("partial/*")) and not list(store.root.glob(".*"))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for open files in /proc")
+def test_a_checkpoint_goes_when_the_run_is_on_the_disk(store, domain, monkeypatch):
+    run, done, kept = a_run(domain, steps=10), [], []
+    train(run.fresh_model(), run.stream, run.recipe, save=kept.append, save_every=0)
+    store.save_partial(run, kept[4], dict(seconds=1, devices=["cpu"]))
+    for name in ("rename", "unlink"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=call, **k: done.append((name, str(a[-1]))) or call(*a, **k)
+        )
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda h: done.append(("fsync", os.readlink(f"/proc/self/fd/{h}"))) or fsync(h))
+    store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+    steps = [(what, path) for what, path in done if not re.search(r"(csv|json|safetensors)", path)]
+    assert [what for what, _ in steps] == ["fsync", "rename", "fsync", "unlink"]
+    folders = [str(store.path(run)), str(store.root), str(store.partial(run))]
+    assert address(run) in steps[0][1] and [path for _, path in steps[1:]] == folders
+
+
+def test_a_checkpoint_stays_where_the_disk_fails(store, domain, monkeypatch):
+    run, kept, fsync = a_run(domain, steps=10), [], os.fsync
+    train(run.fresh_model(), run.stream, run.recipe, save=kept.append, save_every=0)
+    store.save_partial(run, kept[4], dict(seconds=1, devices=["cpu"]))
+
+    def failing(code):
+        def synced(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(code, os.strerror(code))
+            fsync(handle)
+
+        return synced
+
+    for code, stays in ((errno.EIO, True), (errno.EINVAL, False)):  # EINVAL: there is no such thing on this file system
+        monkeypatch.setattr(runs.os, "fsync", failing(code))
+        store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+        assert store.verify(run) and store.partial(run).exists() == stays

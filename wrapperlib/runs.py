@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'FILES', 'Run', 'describe', 'source_digests', 'sources_of'
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
 import csv
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -257,14 +258,21 @@ def _writing(path: Path):
         raise NotWritten(f"{path} cannot be written ({why}); what was there before is as it was") from None
 
 
-def _settle(folder: Path) -> None:
-    "Push a rename in this folder to the disk, where the file system can."
-    with suppress(OSError):
+def _settle(folder: Path) -> bool:
+    "Push what was made and renamed in this folder to the disk, where the file system can; False if the disk failed."
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as e:
+        return e.errno in _NOT_KNOWN
+    return True
+
+
+# what file systems say of things they do not know, as some know no locks, and some nothing to push of a folder
+_NOT_KNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
 
 
 def seal(
@@ -389,21 +397,23 @@ class Store:
         try:
             for name, data in (*contents.items(), ("run.json", json.dumps(record, indent=1))):
                 write_whole(temporary / name, data)
+            _settle(temporary)
             with _writing(self.path(run)):
                 temporary.rename(self.path(run))
-            _settle(self.root)
         except OSError:
             if not self.finished(run):
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._clear(run)
+        if _settle(self.root):  # before that, power might fail and leave nothing but the checkpoint
+            with suppress(OSError):  # the run is there; what is left over harms nobody
+                self.partial(run).unlink(missing_ok=True)
 
     def _clear(self, run: Run) -> None:
-        "Remove a finished run's checkpoint, and what processes that were killed had half written."
+        "Remove what processes that were killed had half written of a run; whoever calls this holds its lock."
         partial = self.partial(run)
-        with suppress(OSError):  # the run is there; what is left over harms nobody
-            for path in (partial, *partial.parent.glob(f".{partial.name}.*")):
+        with suppress(OSError):
+            for path in partial.parent.glob(f".{partial.name}.*"):
                 path.unlink(missing_ok=True)
         for folder in self.root.glob(f".{address(run)}.*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -612,7 +622,11 @@ def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_eve
 
     def save(kept):
         for run, progress, (_, before) in zip(runs, kept, found):
-            store.save_partial(run, progress, used(before))
+            try:
+                store.save_partial(run, progress, used(before))
+            except NotWritten:
+                if not store.finished(run):  # as it may be where there are no locks, and another was quicker
+                    raise
 
     trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
     first = ranks()[0] == 0
@@ -655,20 +669,33 @@ def _trainee(store: Store, run: Run, resume: Progress | None) -> Trainee:
 
 @contextmanager
 def _lock(store: Store, run: Run, report):
-    "Hold the run's lock; whoever waits for it still reports now and then, and so can be told to stop."
+    "Hold the run's lock, if there are locks; whoever waits for it still reports now and then, and so can be told to stop."
     lock = FileLock(store._own(store.root / "locks" / f"{address(run)}.lock"))
-    while not lock.is_locked:
-        try:
-            with _writing(lock.lock_file):
-                os.makedirs(store.root / "locks", exist_ok=True)
-                lock.acquire(timeout=1)
-        except Timeout:
+    with _writing(lock.lock_file):
+        os.makedirs(store.root / "locks", exist_ok=True)
+        while not _acquired(lock):
             if report:
                 report(0)
+    if lock.is_locked:
+        store._clear(run)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    "Whether there is nothing to wait for: it is held, or the file system knows no locks; then two may train one run, and harm nobody."
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        return False
+    except NotImplementedError:  # what older versions make of ENOSYS
+        return True
+    except OSError as e:
+        if e.errno not in _NOT_KNOWN:
+            raise
+    return True
 
 
 @contextmanager
