@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO
+from wrapperlib import runs
 from wrapperlib.checks import BadInput
 from wrapperlib.grammar import Grammar
 from wrapperlib.protocols import (
@@ -89,6 +91,18 @@ def test_the_price_is_said_before_it_is_paid(tmp_path, capsys):
     assert estimate(store, plan) == 0
     again, done = carry_out(store, plan, workers=1)
     assert done["trained"] == 0 and again.equals(table) and "of training" not in capsys.readouterr().out
+
+
+def test_what_is_there_is_read_once(tmp_path, monkeypatch):
+    store, plan, read = Store(tmp_path / "runs"), revival_plan(SMOKE, priors=("L",)), []
+    table, _ = carry_out(store, plan, workers=1)
+    digest, record = runs._digest_of, runs._read_record.__wrapped__
+    monkeypatch.setattr(runs, "_digest_of", lambda path: read.append(path.name) or digest(path))
+    monkeypatch.setattr(runs._read_record, "__wrapped__", lambda path, *a: read.append(path.name) or record(path, *a))
+    again, _ = carry_out(store, plan, workers=1)
+    assert again.equals(table)
+    # a log is small, and is compared with its checksum whenever it is read
+    assert Counter(read) == {"run.json": 10, "weights.safetensors": 10, "log.csv": 20}
 
 
 def test_what_a_fine_tuned_model_says(tmp_path):

@@ -1,14 +1,18 @@
 "The store: kills, two processes, damaged and foreign files."
 
+import errno
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -16,10 +20,21 @@ import torch
 from filelock import FileLock
 
 from wrapperlib import runs
-from wrapperlib.checks import BadInput
+from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.model import Shape
-from wrapperlib.runs import Run, Store, address, describe, publish, train_all, train_run, train_runs, write_whole
-from wrapperlib.tasks import one_task
+from wrapperlib.runs import (
+    Run,
+    Store,
+    address,
+    check_results,
+    describe,
+    publish,
+    train_all,
+    train_run,
+    train_runs,
+    write_whole,
+)
+from wrapperlib.tasks import Domain, one_task
 from wrapperlib.training import Measure, NotFinite, Recipe, train
 
 
@@ -90,6 +105,46 @@ def test_comments_and_docstrings_do_not_make_runs_stale(tmp_path, monkeypatch):
     assert plain != digest('def f(x):\n    "Says something."\n    return x + 2\n')
 
 
+EDITED = """
+import pathlib, sys
+from tests.test_runs import a_run
+from wrapperlib import runs
+from wrapperlib.checks import BadInput
+from wrapperlib.tasks import Domain
+
+def edit():
+    file = pathlib.Path(runs.__file__).with_name("tasks.py")
+    file.write_text(file.read_text() + "\\nX = 1\\n")
+
+def refusal(work):
+    try:
+        work()
+    except BadInput as e:
+        print(e)
+
+if __name__ == "__main__":
+    some = [a_run(Domain(length=24, window=16, nth=2), steps=3, seed=s) for s in (0, 1)]
+    if sys.argv[1] == "before":  # the address is asked for
+        edit()
+        refusal(lambda: runs.address(some[0]))
+    else:
+        runs.address(some[0])
+        edit()
+        refusal(lambda: runs.train_all(runs.Store("runs"), some, workers=2, quiet=True))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_code_that_was_edited_after_it_was_imported_is_refused(repo, tmp_path, when):
+    for part in ("wrapperlib", "tests"):
+        shutil.copytree(repo / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "script.py").write_text(EDITED)
+    command, path = [sys.executable, "script.py", when], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=True)
+    assert re.fullmatch("source is .*edited since.*restart to use it\n", done.stdout), done.stderr
+    assert not list(tmp_path.glob("runs/*-*"))
+
+
 def test_side_by_side_gives_the_same_bits_as_one_after_the_other(tmp_path, domain):
     wanted = [a_run(domain, steps=10, seed=s, start=a_run(domain, steps=10, seed=s)) for s in (0, 1)]
     stores = [Store(tmp_path / str(workers)) for workers in (1, 2)]
@@ -112,9 +167,9 @@ train_run(Store(sys.argv[1]), a_run(Domain(length=24, window=16, nth=2), steps=i
 """
 
 
-def start(repo, store, steps):
+def start(repo, store, steps, before=""):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(store.root), str(steps)],
+        [sys.executable, "-c", before + SCRIPT, str(store.root), str(steps)],
         cwd=repo,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(repo)},
@@ -182,9 +237,9 @@ def alive(pid):
 def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(repo, tmp_path):
     script = tmp_path / "many.py"
     script.write_text(MANY)
-    store = Store(tmp_path / "runs")
+    store, steps = Store(tmp_path / "runs"), 2000
     parent = subprocess.Popen(
-        [sys.executable, str(script), str(store.root), "100000"],
+        [sys.executable, str(script), str(store.root), str(steps)],
         cwd=repo,
         env=os.environ | {"PYTHONPATH": str(repo)},
         stdout=subprocess.DEVNULL,
@@ -200,12 +255,108 @@ def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(re
     while any(map(alive, tasks)):
         assert time.monotonic() < deadline, "workers outlive the process that started them"
         time.sleep(0.1)
+    wanted = [a_run(Domain(length=24, window=16, nth=2), steps=steps, seed=s) for s in (0, 1)]
+    assert not any(map(store.finished, wanted)) and not list(store.root.glob("*-*"))
+    assert train_all(store, wanted, workers=2, quiet=True)["trained"] == 2
+    assert all(map(store.verify, wanted))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_worker_that_is_killed_stops_nothing(store, tmp_path, domain, monkeypatch, capsys):
+    "As by a system that is out of memory; the runs of all workers go on from their checkpoints."
+    wanted = [a_run(domain, steps=400, seed=s, start=a_run(domain, steps=10, seed=s)) for s in (0, 1)]
+    undisturbed, killed = Store(tmp_path / "undisturbed"), []
+    train_all(undisturbed, wanted, workers=1, quiet=True)
+
+    def kill_one(line, done, note=""):
+        if not killed and store.finished(wanted[0].start):
+            children = pathlib.Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+            workers = [c for c in children if "spawn_main" in pathlib.Path(f"/proc/{c}/cmdline").read_text()]
+            os.kill(int(workers[0]), signal.SIGKILL)
+            killed.append(workers[0])
+
+    monkeypatch.setattr(runs.Line, "show", kill_one)
+    assert train_all(store, wanted, workers=2)["trained"] == 4
+    assert killed and "a worker process was killed" in capsys.readouterr().out
+    for run in wanted:
+        assert contents(store, run) == contents(undisturbed, run)
+
+
+class Deadly(type(one_task(Domain(length=24, window=16, nth=2), "C", "a"))):
+    "Strings that kill the process that asks for them."
+
+    def batch(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(domain, **changes):
+    run = a_run(domain, name="the deadly one", **changes)
+    stream = Deadly(**{f.name: getattr(run.stream, f.name) for f in fields(run.stream)})
+    return replace(run, stream=stream, measures=())
+
+
+def test_a_run_that_kills_its_worker_each_time_is_given_up(store, domain):
+    fatal, others = deadly(domain), [a_run(domain, steps=5, seed=s) for s in range(3)]
+    after = a_run(domain, start=fatal, name="the one after it")
+    said = "^the deadly one: its worker process was killed 3 times .*; left out, .*: the one after it$"
+    with pytest.raises(RuntimeError, match=said):
+        train_all(store, [after, *others], workers=2, quiet=True)
+    assert all(map(store.finished, others)) and not store.finished(fatal)
+
+
+def test_a_script_without_its_main_says_so(repo, tmp_path):
+    script = tmp_path / "many.py"
+    script.write_text(MANY.replace('if __name__ == "__main__":', "if True:"))
+    command = [sys.executable, str(script), str(tmp_path / "runs"), "10"]
+    done = subprocess.run(command, cwd=repo, env=os.environ | {"PYTHONPATH": str(repo)}, capture_output=True, text=True)
+    assert done.returncode and "RuntimeError: no worker process came up: this is a script that lacks" in done.stderr
+
+
+def diverging(domain, name, **changes):
+    run = a_run(domain, steps=5, name=name, **changes)
+    return replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_that_fail_stop_only_those_that_start_from_them(store, domain, workers):
+    one, two = (diverging(domain, f"broken {s}", seed=s) for s in (1, 2))
+    good = [a_run(domain, steps=5, seed=s, start=a_run(domain, steps=5, seed=s)) for s in (3, 4)]
+    after = a_run(domain, steps=5, start=one, name="after")
+    last = a_run(domain, steps=5, start=after, name="last")
+    with pytest.raises(NotFinite) as found:
+        train_all(store, [one, two, last, *good], workers=workers, quiet=True)
+    said = (
+        r"2 runs failed: broken \d: the loss of .*; broken \d: the loss of .*; left out, as they start from there: (.*)"
+    )
+    assert set(re.fullmatch(said, str(found.value))[1].split(", ")) == {"after", "last"}
+    assert all(map(store.finished, good)) and not any(map(store.finished, (one, two, after, last)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_program_goes_on_without_the_run_that_failed(store, domain):
+    first, *others = (a_run(domain, steps=5, seed=s, measures=(), name=f"run {s}") for s in range(4))
+    train_run(store, first)
+    train, failed = runs.train_stack, []
+
+    def one_fails(trainees, *rest):
+        if not failed:
+            failed.append(1)
+            raise NotFinite("it is not finite", 1)
+        return train(trainees, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "train_stack", one_fails)
+        patch.setattr(
+            runs, "_next_group", lambda store, waiting, most: [first, *waiting]
+        )  # one of them is there by now
+        with pytest.raises(NotFinite, match=r"^run 2: it is not finite$"):
+            runs._train_here(store, others, "cpu", 8, None)
+    assert [store.finished(run) for run in others] == [True, False, True]
 
 
 def test_a_run_that_fails_says_which(store, domain):
     def broken(name, **changes):
-        run = a_run(domain, steps=5, name=name, **changes)
-        return replace(run, recipe=replace(run.recipe, lr=1e30, clip=1e30))
+        return diverging(domain, name, **changes)
 
     with pytest.raises(NotFinite, match="the broken one: the loss of step"):
         train_all(store, [broken("the broken one")], workers=1, quiet=True)
@@ -377,3 +528,220 @@ def test_a_file_of_somebody_elses_is_kept(tmp_path, name):
     publish(tmp_path, pd.DataFrame(dict(value=[1.0])), {}, about(), [])
     [kept] = (tmp_path / "earlier").iterdir()
     assert (kept / name).read_text() == "mine" and "mine" not in (tmp_path / name).read_text()
+
+
+@contextmanager
+def third_replacement_fails(folder, fail):
+    "While files in the folder itself are replaced, the third one fails: at that time the folder holds something of both."
+    replace, calls = os.replace, []
+
+    def replaced(source, target):
+        in_folder = pathlib.Path(target).parent == folder
+        calls.extend([target] * in_folder)
+        return fail() if in_folder and len(calls) == 3 else replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.os, "replace", replaced)
+        yield
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+OLD, NEW = (pd.DataFrame(dict(value=[x])) for x in (1.0, 2.0))
+TABLES = dict(table1=OLD, table2=OLD)
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failure_on_the_way_brings_all_results_back(tmp_path):
+    publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    before = files(tmp_path)
+    with (
+        pytest.raises(NotWritten, match=r"No space left.*what was there before is as it was"),
+        third_replacement_fails(tmp_path, no_space),
+    ):
+        publish(tmp_path, NEW, {}, about(), [], tables=dict.fromkeys((*TABLES, "table3"), NEW))
+    assert files(tmp_path) == before and not (tmp_path / "earlier").exists()
+    check_results(tmp_path)
+
+
+PUBLISH = """
+import os, pathlib, signal, sys
+from tests.test_runs import NEW, TABLES, about, publish, third_replacement_fails
+folder = pathlib.Path(sys.argv[1])
+with third_replacement_fails(folder, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    publish(folder, NEW, {}, about(), tables=dict.fromkeys(TABLES, NEW))
+"""
+
+
+def test_a_kill_on_the_way_leaves_the_earlier_results_whole(repo, tmp_path):
+    publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    before = files(tmp_path)
+    killed = subprocess.run(
+        [sys.executable, "-c", PUBLISH, str(tmp_path)], cwd=repo, env=os.environ | {"PYTHONPATH": str(repo)}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert files(kept) == before
+    check_results(kept)
+    with pytest.raises(BadInput, match="the file as it was written"):
+        check_results(tmp_path)
+    publish(tmp_path, NEW, {}, about(), tables=dict.fromkeys(TABLES, NEW))
+    check_results(tmp_path)
+    check_results(kept)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_further_tables_are_listed_and_kept_as_the_first(tmp_path):
+    paths = publish(tmp_path, OLD, {}, about(), tables=TABLES)
+    assert [p.name for p in paths] == ["results.csv", "table1.csv", "table2.csv", "provenance.json"]
+    publish(tmp_path, OLD, {}, about(), tables=dict(table1=NEW))  # another number, and one table less
+    assert [p.name for p in check_results(tmp_path)] == ["results.csv", "table1.csv"]
+    assert not (tmp_path / "table2.csv").exists()
+    [kept] = (tmp_path / "earlier").iterdir()
+    assert [p.name for p in check_results(kept)] == ["results.csv", "table1.csv", "table2.csv"]
+    for name in ("../up", "results"):
+        with pytest.raises(BadInput, match="table's name is"):
+            publish(tmp_path, OLD, {}, about(), tables={name: NEW})
+
+
+def test_reasons_of_many_runs_take_one_look_at_the_store(store, domain, monkeypatch):
+    there = [a_run(domain, steps=5, seed=s) for s in range(3)]
+    for run in there:
+        store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+    missing = [a_run(domain, steps=6, seed=s) for s in range(4)]
+    looks, there = [], runs._There
+    monkeypatch.setattr(runs, "_There", lambda root: looks.append(root) or there(root))
+    assert [*store.reasons(missing).values()] == [store.why(run) for run in missing]
+    assert len(looks) == 1 + len(missing)
+    looks.clear()
+    train_all(store, missing, workers=1)
+    assert len(looks) == 1
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    "A file system that knows no locks."
+
+    def acquire(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+
+
+def test_two_who_train_one_run_without_locks_harm_nobody(store, tmp_path, domain, monkeypatch, no_locks):
+    "One of them is all done while the other is about to rename its checkpoint."
+    run, replace_, quicker = a_run(domain, steps=30), os.replace, []
+
+    def replaced(source, target):
+        if pathlib.Path(target) == store.partial(run) and not quicker:
+            quicker.append(1)
+            train_run(store, run)
+            quicker.append(contents(store, run))
+        return replace_(source, target)
+
+    monkeypatch.setattr(runs.os, "replace", replaced)
+    train_run(store, run, save_every=0)
+    monkeypatch.undo()
+    alone = Store(tmp_path / "alone")
+    train_run(alone, run)
+    assert contents(store, run) == quicker[1] == contents(alone, run)
+    assert not list(store.root.glob("partial/*")) and not list(store.root.glob(".*"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_missed_once_the_run_is_there(store, domain, monkeypatch, no_locks):
+    run, other = a_run(domain, steps=10), a_run(domain, steps=11)
+
+    def full(self, run, *_):
+        raise NotWritten("the disk is full")
+
+    def full_and_done_by_another(self, run, *_):
+        if not store.finished(run):
+            monkeypatch.setattr(Store, "save_partial", lambda *_: None)
+            train_run(store, run)
+        full(self, run)
+
+    monkeypatch.setattr(Store, "save_partial", full_and_done_by_another)
+    train_run(store, run, save_every=0)
+    assert store.verify(run)
+    monkeypatch.setattr(Store, "save_partial", full)
+    with pytest.raises(NotWritten, match="the disk is full"):
+        train_run(store, other, save_every=0)
+
+
+NO_LOCKS = """
+import errno, filelock
+
+def acquire(*_, **__):
+    raise OSError(errno.ENOLCK, "no locks")
+
+filelock.FileLock.acquire = acquire
+"""
+
+
+def test_two_processes_without_locks(repo, tmp_path):
+    store = Store(tmp_path / "shared")
+    both = [start(repo, store, 150, NO_LOCKS) for _ in range(2)]
+    said = [p.communicate(timeout=180)[0].decode() for p in both]
+    assert [p.returncode for p in both] == [0, 0] and any("steps" in text for text in said)
+    assert store.verify(a_run(Domain(length=24, window=16, nth=2), steps=150))
+    assert not list(store.root.glob("partial/.*")) and not list(store.root.glob(".*"))
+
+
+def leave_half_written(store, run):
+    "As a process that is killed does."
+    for path in (
+        store.partial(run).with_name(f".{store.partial(run).name}.0"),
+        store.root / f".{address(run)}.0" / "x",
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+
+
+def test_what_a_killed_process_had_half_written_goes_before_training(store, domain):
+    run = a_run(domain, steps=3)
+    leave_half_written(store, run)
+    train_run(store, run)
+    assert not list(store.root.glob("partial/*")) and not list(store.root.glob(".*"))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for open files in /proc")
+def test_a_checkpoint_goes_when_the_run_is_on_the_disk(store, domain, monkeypatch):
+    run, done, kept = a_run(domain, steps=10), [], []
+    train(run.fresh_model(), run.stream, run.recipe, save=kept.append, save_every=0)
+    store.save_partial(run, kept[4], dict(seconds=1, devices=["cpu"]))
+    for name in ("rename", "unlink"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=call, **k: done.append((name, str(a[-1]))) or call(*a, **k)
+        )
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda h: done.append(("fsync", os.readlink(f"/proc/self/fd/{h}"))) or fsync(h))
+    store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+    steps = [(what, path) for what, path in done if not re.search(r"(csv|json|safetensors)", path)]
+    assert [what for what, _ in steps] == ["fsync", "rename", "fsync", "unlink"]
+    folders = [str(store.path(run)), str(store.root), str(store.partial(run))]
+    assert address(run) in steps[0][1] and [path for _, path in steps[1:]] == folders
+
+
+def test_a_checkpoint_stays_where_the_disk_fails(store, domain, monkeypatch):
+    run, kept, fsync = a_run(domain, steps=10), [], os.fsync
+    train(run.fresh_model(), run.stream, run.recipe, save=kept.append, save_every=0)
+    store.save_partial(run, kept[4], dict(seconds=1, devices=["cpu"]))
+
+    def failing(code):
+        def synced(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(code, os.strerror(code))
+            fsync(handle)
+
+        return synced
+
+    for code, stays in ((errno.EIO, True), (errno.EINVAL, False)):  # EINVAL: there is no such thing on this file system
+        monkeypatch.setattr(runs.os, "fsync", failing(code))
+        store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+        assert store.verify(run) and store.partial(run).exists() == stays

@@ -263,9 +263,10 @@ LABELS = ["protocol", "seed", "prior", "c_tr", "c_te", "ft_lr", "re_lr", "step",
 def results(
     store: Store,  # where the finished runs lie
     plan: list[tuple[dict, Run]],  # labels and runs
+    known: dict[Run, dict] | None = None,  # what `run.json` says of runs, where that was read already
 ) -> pd.DataFrame:
     "One measured value a row: columns protocol, seed, prior, c_tr, c_te, ft_lr, re_lr, the plan's own labels if it has others, step, metric, value."
-    tables = [store.log(run).assign(**labels) for labels, run in plan]
+    tables = [store.log(run, (known or {}).get(run)).assign(**labels) for labels, run in plan]
     own = dict.fromkeys(label for labels, _ in plan for label in labels if label not in LABELS)
     return pd.concat(tables, ignore_index=True).reindex(columns=[*LABELS[:-3], *own, *LABELS[-3:]])
 
@@ -392,12 +393,12 @@ def carry_out(
     engine: Callable | None = None,  # as in `train_all`
 ) -> tuple[pd.DataFrame, dict]:
     "Say the price, train what is missing, and return the results and what `train_all` says of itself."
-    for _, run in plan:
-        store.verify(run)
+    wanted = dict.fromkeys(r for _, run in plan for r in run.lineage)
+    known = {run: store.verify(run) for run in wanted}  # before anything is paid for
     if hours := estimate(store, plan, device, workers):
         print(f"about {_duration(hours)} of training, by a step measured on {device}")
-    done = train_all(store, [run for _, run in plan], device, workers, engine=engine)
-    return results(store, plan), done
+    done = train_all(store, wanted, device, workers, engine=engine, known=known)
+    return results(store, plan, known), done
 
 
 def _duration(hours: float) -> str:

@@ -10,10 +10,12 @@ __all__ = ['SOURCES', 'FILES', 'Run', 'describe', 'source_digests', 'sources_of'
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
 import csv
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,12 +28,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,9 +135,17 @@ def source_digests(
     return {name: _digest(_bare_source(f"wrapperlib.{name}").encode()) for name in modules}
 
 
+# the library's files as they were imported: a digest of what was edited since would name numbers that other code made
+_IMPORTED = {path: _digest(path.read_bytes()) for path in Path(sys.modules["wrapperlib"].__path__[0]).glob("[!_]*.py")}
+
+
 def _bare_source(module: str) -> str:
     loaded = getattr(sys.modules.get(module), "__file__", None)  # a script has a file, but no spec
-    tree = ast.parse(Path(loaded or importlib.util.find_spec(module).origin).read_text())
+    path = Path(loaded or importlib.util.find_spec(module).origin)
+    source = path.read_bytes()
+    same = _IMPORTED.get(path) in (None, _digest(source))
+    check(same, "source", path, "the file as it was when it was imported; it was edited since, restart to use it")
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -247,14 +258,21 @@ def _writing(path: Path):
         raise NotWritten(f"{path} cannot be written ({why}); what was there before is as it was") from None
 
 
-def _settle(folder: Path) -> None:
-    "Push a rename in this folder to the disk, where the file system can."
-    with suppress(OSError):
+def _settle(folder: Path) -> bool:
+    "Push what was made and renamed in this folder to the disk, where the file system can; False if the disk failed."
+    try:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as e:
+        return e.errno in _NOT_KNOWN
+    return True
+
+
+# what file systems say of things they do not know, as some know no locks, and some nothing to push of a folder
+_NOT_KNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
 
 
 def seal(
@@ -338,11 +356,15 @@ class Store:
         check(ours, "file in the store", path, "the record of the run that its folder is named after")
         return meta
 
-    def log(self, run: Run) -> "pd.DataFrame":
+    def log(
+        self,
+        run: Run,  # a finished run
+        meta: dict | None = None,  # what `run.json` says of it, if that was read already
+    ) -> "pd.DataFrame":
         "The finished run's measurements: columns step, metric, c_te, value."
         import pandas as pd
 
-        return pd.read_csv(self._whole(run, "log.csv", self.meta(run)))
+        return pd.read_csv(self._whole(run, "log.csv", meta or self.meta(run)))
 
     def model(self, run: Run) -> GPT:
         "The finished run's model, on the CPU."
@@ -375,21 +397,23 @@ class Store:
         try:
             for name, data in (*contents.items(), ("run.json", json.dumps(record, indent=1))):
                 write_whole(temporary / name, data)
+            _settle(temporary)
             with _writing(self.path(run)):
                 temporary.rename(self.path(run))
-            _settle(self.root)
         except OSError:
             if not self.finished(run):
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._clear(run)
+        if _settle(self.root):  # before that, power might fail and leave nothing but the checkpoint
+            with suppress(OSError):  # the run is there; what is left over harms nobody
+                self.partial(run).unlink(missing_ok=True)
 
     def _clear(self, run: Run) -> None:
-        "Remove a finished run's checkpoint, and what processes that were killed had half written."
+        "Remove what processes that were killed had half written of a run; whoever calls this holds its lock."
         partial = self.partial(run)
-        with suppress(OSError):  # the run is there; what is left over harms nobody
-            for path in (partial, *partial.parent.glob(f".{partial.name}.*")):
+        with suppress(OSError):
+            for path in partial.parent.glob(f".{partial.name}.*"):
                 path.unlink(missing_ok=True)
         for folder in self.root.glob(f".{address(run)}.*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -429,29 +453,65 @@ class Store:
         run: Run,  # any run
     ) -> str:
         "Why a run is trained: which setting or source differs from the nearest run that is there."
+        return self.reasons([run])[run]
+
+    def reasons(
+        self,
+        runs: Iterable[Run],  # any runs
+    ) -> dict[Run, str]:
+        "For each run what `why` says; the store is looked through once."
+        there = _There(self.root)
+        return {run: self._reason(run, there) for run in runs}
+
+    def _reason(self, run: Run, there: "_There") -> str:
         if self.partial(run).exists():
             return "goes on from its checkpoint"
-        config, _, _ = address(run).partition("-")
-        for record in filter(None, map(_record, sorted(self.root.glob(f"{config}-*/run.json")))):
+        for record in there.of(address(run).partition("-")[0]):
             changed = [s for s, d in sources_of(run).items() if record["sources"].get(s) != d]
             return "source changed: " + ", ".join(changed)
-        nearest = None
-        for other in filter(None, map(_record, self._latest())):
-            found = _differences(describe(run), other["config"])
-            if nearest is None or len(found) < len(nearest):
-                nearest = found
-            if len(nearest) == 1:  # nearer is none: the same configuration would have been found above
+        ours, nearest, most = there.shared(describe(run)), None, 4  # with four differences it is another run
+        for config in there.latest:
+            found = list(itertools.islice(_differences(ours, config), most))
+            if len(found) < most:
+                nearest, most = found, len(found)
+            if most == 1:  # nearer is none: the same configuration would have been found above
                 break
-        if nearest is None or len(nearest) > 3:
-            return "new"
-        return "differs in " + ", ".join(nearest)
+        said = (f"{name} ({_short(now)}, was {_short(then)})" for name, now, then in nearest or ())
+        return "differs in " + ", ".join(said) if nearest else "new"
 
 
-    def _latest(self) -> list[Path]:
-        "The records of the runs that ended last; looking through more of them would take longer than the reason is worth."
-        with os.scandir(self.root) if self.root.is_dir() else nullcontext(()) as found:
-            there = [(entry.stat().st_mtime, entry.path) for entry in found if entry.name[0] != "."]
-        return [Path(path) / "run.json" for _, path in sorted(there, reverse=True)[:_LOOKED_AT]]
+class _There:
+    "The records in a store, read when they are first asked for. Parts of configurations that are equal are one object."
+
+    def __init__(self, root: Path):
+        self.root, self._parts = root, {}
+        with os.scandir(root) if root.is_dir() else nullcontext(()) as found:
+            there = [(entry.stat().st_mtime, entry.name) for entry in found if entry.name[0] != "."]
+        self._names = [name for _, name in sorted(there, reverse=True)]
+
+    @cached_property
+    def _of(self) -> dict[str, list[str]]:
+        "A configuration's digest → folders."
+        return _grouped((name.partition("-")[0], name) for name in sorted(self._names))
+
+    def of(self, config: str) -> Iterator[dict]:
+        "The records of runs with a configuration of that digest."
+        return filter(None, (_record(self.root / name / "run.json") for name in self._of.get(config, ())))
+
+    @cached_property
+    def latest(self) -> list[dict]:
+        "The configurations of the runs that ended last; looking through more of them would take longer than the reason is worth."
+        records = (_record(self.root / name / "run.json") for name in self._names[:_LOOKED_AT])
+        return [self.shared(record["config"]) for record in records if record]
+
+    def shared(self, part: object) -> object:
+        "The same, and the very same wherever it occurs again."
+        if isinstance(part, dict):
+            part = {name: self.shared(value) for name, value in part.items()}
+            key = tuple(part), tuple(map(id, part.values()))
+        else:
+            key = json.dumps(part)
+        return self._parts.setdefault(key, part)
 
 
 _LOOKED_AT = 400
@@ -504,13 +564,14 @@ def _read_record(path: Path, modified: int, size: int) -> dict | None:
     return record if whole else None
 
 
-def _differences(ours: object, theirs: object, name: str = "") -> list[str]:
-    "Settings in which two configurations differ, as `recipe.steps (3000, was 2000)`."
-    if ours == theirs:
-        return []
+def _differences(ours: object, theirs: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    "Settings in which two configurations differ: the name, as `recipe.steps`, and both values."
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        return [d for key in ours for d in _differences(ours[key], theirs[key], f"{name}.{key}".lstrip("."))]
-    return [f"{name} ({_short(ours)}, was {_short(theirs)})"]
+        for key, value in ours.items():
+            if value is not theirs[key]:
+                yield from _differences(value, theirs[key], f"{name}.{key}".lstrip("."))
+    elif ours != theirs:
+        yield name, ours, theirs
 
 
 def _short(value: object) -> str:
@@ -536,39 +597,53 @@ def train_runs(
     report: Callable[[int], None] | None = None,  # called with the number of steps done
     save_every: float = 20.0,  # seconds between checkpoints
 ) -> None:
-    "Train runs as one program, each as `train_run` would."
+    "Train runs as one program, each as `train_run` would. Raises `NotFinite`, whose `which` is the run's place."
     with ExitStack() as locks:
         if ranks()[0] == 0:  # of processes that train a run together the first one keeps it
             for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
                 locks.enter_context(_lock(store, run, report))
         _wait_for_all()
-        runs = [run for run in runs if not store.finished(run)]
-        if not runs:
-            return
-        found = [store.checkpoint(run) for run in runs]
-        began = time.perf_counter()
-
-        def used(before):
-            seconds = round(before.get("seconds", 0) + (time.perf_counter() - began) / len(runs), 2)
-            return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
-
-        def save(kept):
-            for run, progress, (_, before) in zip(runs, kept, found):
-                store.save_partial(run, progress, used(before))
-
-        trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
-        first = ranks()[0] == 0
-        _wait_for_all()  # what they go on from is read before it is replaced
-        with _one_thread():
+        if missing := [run for run in runs if not store.finished(run)]:
             try:
-                logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
+                _train_and_keep(store, missing, device, report, save_every)
             except NotFinite as e:
-                run = runs[e.which]
-                raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
-        for run, trainee, log, (resume, before) in zip(runs, trainees, logs, found) if first else ():
-            facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
-            store.put(run, trainee.model, log, facts | dict(versions=versions("torch", "numpy"), finished=now()))
-        _wait_for_all()  # nobody asks for it before it is there
+                raise NotFinite(str(e), runs.index(missing[e.which])) from None
+            _wait_for_all()  # nobody asks for it before it is there
+
+
+def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_every: float) -> None:
+    "Train runs that are not there as one program; whoever calls this has locked them."
+    found = [store.checkpoint(run) for run in runs]
+    began = time.perf_counter()
+
+    def used(before):
+        seconds = round(before.get("seconds", 0) + (time.perf_counter() - began) / len(runs), 2)
+        return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
+
+    def save(kept):
+        for run, progress, (_, before) in zip(runs, kept, found):
+            try:
+                store.save_partial(run, progress, used(before))
+            except NotWritten:
+                if not store.finished(run):  # as it may be where there are no locks, and another was quicker
+                    raise
+
+    trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
+    first = ranks()[0] == 0
+    _wait_for_all()  # what they go on from is read before it is replaced
+    with _one_thread():
+        try:
+            logs = train_stack(trainees, runs[0].recipe, device, save if first else None, save_every, report)
+        except NotFinite as e:
+            run = runs[e.which]
+            raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
+    for k, (run, trainee, log, (resume, before)) in enumerate(zip(runs, trainees, logs, found) if first else ()):
+        facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
+        facts |= dict(versions=versions("torch", "numpy"), finished=now())
+        try:
+            store.put(run, trainee.model, log, facts)
+        except NotFinite as e:
+            raise NotFinite(str(e), k) from None
 
 
 def _wait_for_all() -> None:
@@ -594,20 +669,33 @@ def _trainee(store: Store, run: Run, resume: Progress | None) -> Trainee:
 
 @contextmanager
 def _lock(store: Store, run: Run, report):
-    "Hold the run's lock; whoever waits for it still reports now and then, and so can be told to stop."
+    "Hold the run's lock, if there are locks; whoever waits for it still reports now and then, and so can be told to stop."
     lock = FileLock(store._own(store.root / "locks" / f"{address(run)}.lock"))
-    while not lock.is_locked:
-        try:
-            with _writing(lock.lock_file):
-                os.makedirs(store.root / "locks", exist_ok=True)
-                lock.acquire(timeout=1)
-        except Timeout:
+    with _writing(lock.lock_file):
+        os.makedirs(store.root / "locks", exist_ok=True)
+        while not _acquired(lock):
             if report:
                 report(0)
+    if lock.is_locked:
+        store._clear(run)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    "Whether there is nothing to wait for: it is held, or the file system knows no locks; then two may train one run, and harm nobody."
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        return False
+    except NotImplementedError:  # what older versions make of ENOSYS
+        return True
+    except OSError as e:
+        if e.errno not in _NOT_KNOWN:
+            raise
+    return True
 
 
 @contextmanager
@@ -720,24 +808,29 @@ def train_all(
     workers: int = 0,  # runs side by side; 0: as many as together train the most, on a GPU 8
     quiet: bool = False,  # show nothing
     engine: Callable | None = None,  # what trains instead of this machine's processes, such as `sweep.Ray`
+    known: dict[Run, dict | None]
+    | None = None,  # what `Store.verify` says, if some of them were verified already; of the others it is added
 ) -> dict:
     """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
     runs whenever they were trained, the seconds they took and the devices they were trained on.
 
     Raises `BadInput` before any training if a file in the store cannot be trusted, and the error of a run that fails;
-    runs that had finished by then stay.
+    runs that had finished by then stay. A run whose numbers become infinite, or whose worker process is killed three times, stops only those
+    that start from it: all others are trained first, then one error, `NotFinite` or `RuntimeError`, names each run that failed and why.
     """
     wanted = list(dict.fromkeys(r for run in runs for r in run.lineage))
-    found = {run: store.verify(run) for run in wanted}
-    missing = [run for run, record in found.items() if record is None]
+    found = {} if known is None else known
+    found |= {run: store.verify(run) for run in wanted if run not in found}
+    missing = [run for run in wanted if found[run] is None]
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
-        for reason, group in _grouped((store.why(r), r.name) for r in missing).items():
+        for reason, group in _grouped((why, r.name) for r, why in store.reasons(missing).items()).items():
             print(f"  {len(group)} × {reason}")
     if missing:
         summary["worker_memory"] = _train_missing(store, missing, device, workers, quiet, engine)
-    records = [found[run] or store.meta(run) for run in wanted]
+    found |= {run: store.meta(run) for run in missing}
+    records = [found[run] for run in wanted]
     summary["seconds_in_runs"] = round(sum(record["seconds"] for record in records), 1)
     summary["devices"] = sorted({device for record in records for device in record["devices"]})
     return summary
@@ -762,11 +855,56 @@ def _grouped(pairs) -> dict[str, list[str]]:
     return groups
 
 
+class _Queue:
+    "Runs that wait, the one with the longest chain of work behind it first, and those that failed, which stop only the runs that start from them."
+
+    def __init__(self, missing: list[Run]):
+        self.waiting = sorted(missing, key=lambda r: -_chain(r, missing))
+        self.failed, self.left_out, self.lost = {}, [], Counter()
+
+    def ready(self, busy: list[Run], room: int) -> list[Run]:
+        "Runs that could begin while others are busy and there is room. What was lost twice goes on alone, so that a third loss is its own."
+        held, suspects = {*self.waiting, *busy}, {r for r, times in self.lost.items() if times > 1}
+        free = sorted((r for r in self.waiting if r.start not in held), key=lambda r: r not in suspects)
+        return free[: max(0, (1 if suspects & held else room) - len(busy))]
+
+    def fail(self, run: Run, error: Exception) -> None:
+        "Note why a run failed, and leave out those that need it."
+        self.failed[run] = error
+        self.left_out += [r for r in self.waiting if run in r.lineage[:-1]]
+        self.waiting = [r for r in self.waiting if run not in r.lineage]
+
+    def lose(self, run: Run) -> None:
+        "Let a run wait again whose worker was killed, up to twice."
+        self.lost[run] += 1
+        if self.lost[run] < _LOSSES:
+            self.waiting.insert(0, run)
+        else:
+            why = f"its worker process was killed {_LOSSES} times (out of memory?); its checkpoint is kept"
+            self.fail(run, RuntimeError(f"{run.name or address(run)}: {why}"))
+
+    def end(self) -> None:
+        "Raise one error that names each run that failed, and why, if any did."
+        if not self.failed:
+            return
+        errors = [*self.failed.values()]
+        kind = NotFinite if all(isinstance(e, NotFinite) for e in errors) else RuntimeError
+        said = "; ".join(map(str, errors))
+        if len(errors) > 1:
+            said = f"{len(errors)} runs failed: {said}"
+        if self.left_out:
+            said += f"; left out, as they start from there: {', '.join(r.name or address(r) for r in self.left_out)}"
+        raise kind(said)
+
+
+_LOSSES = 3
+
+
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    waiting, done, shown = list(missing), 0.0, [0.0]
-    while waiting:
-        group = _next_group(store, waiting, at_once)
+    queue, done, shown = _Queue(missing), 0.0, [0.0]
+    while queue.waiting:
+        group = _next_group(store, queue.waiting, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
 
         def report(step, steps=group[0].recipe.steps, done=done, cost=cost, names=names):
@@ -774,12 +912,17 @@ def _train_here(store, missing, device, at_once, line) -> int:
                 line.show(done + cost * step / steps, names)
                 shown[0] = time.monotonic()
 
-        train_runs(store, group, device, report)
-        waiting = [run for run in waiting if run not in group]
+        try:
+            train_runs(store, group, device, report)
+        except NotFinite as e:  # the others of its group go on without it
+            queue.fail(group[e.which], e)
+            continue
+        queue.waiting = [run for run in queue.waiting if run not in group]
         done += cost
         for run in group if line else ():
             line.ended(done, run.name)
             line.show(done)
+    queue.end()
     return 0
 
 
@@ -795,15 +938,16 @@ class Stopped(RuntimeError):
 
 
 _worker = {}
+_BEGUN, _STOP = 0, 1  # places of the flags
 _WORTH_MEASURING = 5000  # steps to train; below, measuring takes longer than it saves
 
 
-def _begin_worker(queue, stop, parent):
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all of a terminal's processes; the parent says what to do
+def _begin_worker(steps, flags, parent):
+    # Ctrl-C reaches all of a terminal's processes; the parent says what to do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _worker.update(queue=queue, stop=stop)
+    _worker.update(steps=steps, flags=flags)
+    flags[_BEGUN] = 1
 
 
 def _leave_with(parent: int):
@@ -812,17 +956,19 @@ def _leave_with(parent: int):
     os._exit(1)  # what is half written has another name; the next process goes on from the checkpoint
 
 
-def _train_in_worker(root: Path, run: Run, key: int, device: str) -> tuple[int, int]:
+def _train_in_worker(root: Path, run: Run, expected: str, key: int, device: str) -> tuple[int, int]:
     "Train a run in a worker; returns the process and its peak memory in bytes."
-    said = 0.0
+    check(
+        address(run) == expected,
+        "source",
+        "edited since training began",
+        "the one that training began with; restart to use it",
+    )
 
     def report(step):
-        nonlocal said
-        if _worker["stop"].is_set():
+        if _worker["flags"][_STOP]:
             raise Stopped(run.name)
-        if time.monotonic() - said > 0.5:
-            _worker["queue"].put((key, step))
-            said = time.monotonic()
+        _worker["steps"][key] = max(step, _worker["steps"][key])
 
     train_run(Store(root), run, device, report)
     return os.getpid(), peak_memory()
@@ -845,46 +991,78 @@ def _most_at_once(pool, run: Run, limit: int) -> int:
 
 
 def _train_side_by_side(store, missing, device, workers, line) -> int:
-    context = multiprocessing.get_context("spawn")
-    limit = min(workers or cores(), len(missing))
-    queue, stop, peaks = context.SimpleQueue(), context.Event(), {}
-    waiting = sorted(missing, key=lambda r: -_chain(r, missing))
-    steps, futures = [0] * len(waiting), {}
-    order = {run: i for i, run in enumerate(waiting)}
+    queue, room, peaks = _Queue(missing), min(workers or cores(), len(missing)), {}
+    # plain memory: a lock could be held by a worker that is killed
+    steps, order = _context.RawArray("q", len(missing)), {run: i for i, run in enumerate(missing)}
+    measure = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
 
     def done():
         return sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in order.items())
 
-    pool = ProcessPoolExecutor(limit, context, _begin_worker, (queue, stop, os.getpid()))
-    try:
-        long = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
-        at_once = _most_at_once(pool, waiting[0], limit) if long else limit
-        while waiting or futures:
-            busy = {*futures.values(), *waiting}
-            for run in [r for r in waiting if r.start not in busy][: at_once - len(futures)]:
-                waiting.remove(run)
-                futures[pool.submit(_train_in_worker, store.root, run, order[run], device)] = run
-            ended, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                key, step = queue.get()
-                steps[key] = max(steps[key], step)
-            for future in ended:
-                run = futures.pop(future)
-                process, peaks[process] = future.result()
-                steps[order[run]] = run.recipe.steps
+    def begin(pool, run):
+        return pool.submit(_train_in_worker, store.root, run, address(run), order[run], device)
+
+    def ended(run, process, peak):
+        peaks[process], steps[order[run]] = peak, run.recipe.steps
+        if line:
+            line.ended(done(), run.name)
+
+    while queue.waiting:
+        with _pool(room, steps) as pool:
+            if measure:
+                measure, room = False, _most_at_once(pool, queue.waiting[0], room)
+            for jobs in _work_off(queue, pool, room, begin, ended):
                 if line:
-                    line.ended(done(), run.name)
-            if line:
-                line.show(done(), ", ".join(run.name for run in futures.values()))
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process ended before its time: killed (out of memory?), or this is a script that lacks "
-            "`if __name__ == '__main__':`. Finished runs and checkpoints are kept, run again to go on"
-        ) from None
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+                    line.show(done(), ", ".join(run.name for run in jobs.values()))
+        if line and queue.waiting:
+            print("a worker process was killed; what it and the others trained goes on from its checkpoints")
+    queue.end()
     return sum(peaks.values())
+
+
+_context = multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def _pool(workers: int, steps):
+    "Worker processes that stop when this is left. If one of them is killed, all end, and the next pool goes on."
+    flags = _context.RawArray("b", 2)
+    pool = ProcessPoolExecutor(workers, _context, _begin_worker, (steps, flags, os.getpid()))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        pass
+    finally:
+        flags[_STOP] = 1
+        pool.shutdown(wait=True, cancel_futures=True)
+    if not flags[_BEGUN]:
+        raise RuntimeError(
+            "no worker process came up: this is a script that lacks `if __name__ == '__main__':`, or they were killed "
+            "(out of memory?). Finished runs and checkpoints are kept, run again to go on"
+        )
+
+
+def _work_off(queue: _Queue, pool, room: int, begin, ended):
+    "Train what waits until nothing does or the pool is broken; yields what is being trained, every second and whenever a run ends."
+    jobs, broken = {}, False
+    while jobs or (queue.waiting and not broken):
+        for run in [] if broken else queue.ready([*jobs.values()], room):
+            try:
+                jobs[begin(pool, run)] = run
+            except BrokenProcessPool:  # since the last look
+                broken = True
+                break
+            queue.waiting.remove(run)
+        for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED)[0]:
+            run = jobs.pop(job)
+            try:
+                ended(run, *job.result())
+            except NotFinite as e:
+                queue.fail(run, e)
+            except BrokenProcessPool:
+                broken = True
+                queue.lose(run)
+        yield jobs
 
 
 def peak_memory() -> int:
@@ -940,22 +1118,18 @@ def publish(
     figures: dict,  # name → matplotlib figure
     about: dict,  # as from `provenance`
     judged: list[dict] | None = None,  # claims as from `judge`, if there are any
+    tables: "dict[str, pd.DataFrame] | None" = None,  # name → a further table, written as name.csv without its index
 ) -> list[Path]:
-    "Write results.csv, claims.json, the figures as png and svg, and provenance.json; returns their paths."
-    from matplotlib import rc_context
-
-    for name in figures:
-        check(isinstance(name, str) and Path(name).name == name, "figure's name", name, "plain names of files")
-    contents = {"results.csv": table.to_csv(index=False).encode()}
+    "Write results.csv and further tables, claims.json, the figures as png and svg, and provenance.json; returns their paths."
+    for what, names in dict(figure=figures, table=tables or {}).items():
+        for name in names:
+            check(isinstance(name, str) and Path(name).name == name, f"{what}'s name", name, "plain names of files")
+    check("results" not in (tables or {}), "table's name", "results", "names other than that of the first table")
+    named = {"results": table} | (tables or {})
+    contents = {f"{name}.csv": each.to_csv(index=False).encode() for name, each in named.items()}
     if judged is not None:
         contents["claims.json"] = (json.dumps(judged, indent=1) + "\n").encode()
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            same_bytes = {"Date": None} if kind == "svg" else None
-            with rc_context({"svg.hashsalt": name}):
-                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
-            contents[f"{name}.{kind}"] = buffer.getvalue()
+    contents |= _drawn(figures)
     about = about | {"files": {name: _digest(data, 64) for name, data in contents.items()}}
     about["checksum"] = _checksum(about)
     folder, new = Path(folder), f".new-{uuid.uuid4().hex[:8]}"
@@ -964,29 +1138,59 @@ def publish(
         for left in folder.glob(".new-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
-            for name, data in everything.items():  # all of it is on the disk before anything is moved
+            for name, data in everything.items():  # all of it is on the disk before anything is replaced
                 write_whole(folder / new / name, data)
-            _keep_earlier(folder, contents)
-            for name in everything:
-                os.replace(folder / new / name, folder / name)
-            _settle(folder)
+            old = _earlier(folder, contents)
+            kept = _keep(folder, folder / new / "earlier", old) if old else None
+            _exchange(folder, folder / new, [*everything], old, kept)
         finally:
             shutil.rmtree(folder / new, ignore_errors=True)
+    if kept:
+        print(f"the results that were here are kept in {kept}")
     return [folder / name for name in everything]
+
+
+def _drawn(figures: dict) -> dict[str, bytes]:
+    "Each figure as the bytes of a png and of an svg; drawn again, they are the same."
+    from matplotlib import rc_context
+
+    contents = {}
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            same_bytes = {"Date": None} if kind == "svg" else None
+            with rc_context({"svg.hashsalt": name}):
+                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
+            contents[f"{name}.{kind}"] = buffer.getvalue()
+    return contents
 
 
 @contextmanager
 def _alone_in(folder: Path):
     "Nobody else publishes here meanwhile; nothing is left behind, and the operating system lets go when a process ends."
+    path, handle = folder / ".lock", None
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        while handle is None or not _is_at(handle, path):  # who had it before has removed it
+            if handle is not None:
+                os.close(handle)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    "Whether an open file is the one that lies there."
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _provenance(folder: Path) -> dict | None:
@@ -1020,24 +1224,64 @@ def check_results(
     return [folder / name for name in about["files"]]
 
 
-def _keep_earlier(folder: Path, contents: dict[str, bytes]) -> None:
-    "Move what an earlier run left out of the way, unless the same is written again."
+def _earlier(folder: Path, contents: dict[str, bytes]) -> set[str]:
+    "Names of the files that an earlier run left; none if the same is written again."
     try:
         about = _provenance(folder)
-        listed = set(about["files"]) if about else None  # None: somebody else's file
+        listed = {Path(name).name for name in about["files"]} if about else None  # None: somebody else's file
     except FileNotFoundError:
         listed = set()
     there = {name: folder / name for name in contents if (folder / name).is_file()}
-    if listed is not None and all(path.read_bytes() == contents[name] for name, path in there.items()):
-        return
-    place = folder / "earlier" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
-    place.mkdir(parents=True)
-    for name in {*contents, *(Path(name).name for name in listed or ()), "provenance.json"}:
-        if (folder / name).is_file():
-            (folder / name).rename(place / name)
-    for notebook in filter(_executed, folder.glob("*.ipynb")):
-        shutil.copy2(notebook, place)
-    print(f"the results that were here are kept in {place}")
+    same = all(path.read_bytes() == contents[name] for name, path in there.items())
+    if same and listed is not None and listed <= contents.keys():
+        return set()
+    return {name for name in {*contents, *(listed or ()), "provenance.json"} if (folder / name).is_file()}
+
+
+def _keep(folder: Path, shelf: Path, old: set[str]) -> Path:
+    "Copy what an earlier run left to a folder of its own, which appears whole; returns that."
+    for path in [*(folder / name for name in old), *filter(_executed, folder.glob("*.ipynb"))]:
+        write_whole(shelf / path.name, path.read_bytes())
+        shutil.copystat(path, shelf / path.name)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    kept = folder / "earlier" / f"{stamp}-{uuid.uuid4().hex[:4]}"
+    kept.parent.mkdir(exist_ok=True)
+    shelf.rename(kept)
+    _settle(kept.parent)
+    return kept
+
+
+def _exchange(folder: Path, new: Path, names: list[str], old: set[str], kept: Path | None) -> None:
+    "Put the new files where the old ones are, the provenance last; if that fails, what was there comes back."
+    added = [name for name in names if not (folder / name).exists()]
+    try:
+        for name in names[:-1]:
+            os.replace(new / name, folder / name)
+        for name in old.difference(names):
+            (folder / name).unlink()
+        os.replace(new / names[-1], folder / names[-1])
+    except BaseException as e:
+        try:
+            _bring_back(folder, new, old, kept)
+            for name in added:
+                (folder / name).unlink(missing_ok=True)
+        except OSError:
+            why, place = getattr(e, "strerror", None) or e, kept or folder
+            raise NotWritten(f"{folder} cannot be written ({why}); what was there before is in {place}") from None
+        raise
+    _settle(folder)
+
+
+def _bring_back(folder: Path, new: Path, old: set[str], kept: Path | None) -> None:
+    "Undo an exchange that has failed; what was kept goes when all of it is there again."
+    for name in old:
+        write_whole(new / name, (kept / name).read_bytes())
+        shutil.copystat(kept / name, new / name)
+        os.replace(new / name, folder / name)
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
+        with suppress(OSError):  # others are in it
+            kept.parent.rmdir()
 
 
 def _executed(notebook: Path) -> bool:
