@@ -237,7 +237,7 @@ def alive(pid):
 def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(repo, tmp_path):
     script = tmp_path / "many.py"
     script.write_text(MANY)
-    store, steps = Store(tmp_path / "runs"), 2000
+    store, steps = Store(tmp_path / "runs"), 1000
     parent = subprocess.Popen(
         [sys.executable, str(script), str(store.root), str(steps)],
         cwd=repo,
