@@ -254,9 +254,10 @@ def test_the_experiment_runs(tmp_path):
     place = tmp_path / "outputs/exp_tracr/smoke"
     judged = json.loads((place / "claims.json").read_text())
     assert [c["id"] for c in judged] == [c.id for c in compiled_runs.C7]
-    assert {c["seeds"] for c in judged if "η_S" not in c["statistic"]} == {2}
+    assert {c["seeds"] for c in judged if not c["because"].startswith("not measured")} == {2}
+    assert {c["id"] for c in judged if c["seeds"]} >= {"C7a", "C7b", "C7c", "C7d"}
     table = pd.read_csv(place / "results.csv", low_memory=False)
-    assert table.query("task == 'max'")["seed"].unique().tolist() == [0]
+    assert table.query("task == 'max'")["seed"].dropna().unique().tolist() == [0]
     assert {"trained", "top", "random", "alone", "best alone", "beside the paper"} <= set(table["way"])
     assert (place / "fig10_attention.png").is_file()
 

@@ -639,6 +639,7 @@ def on_ray(monkeypatch, store, missing, fails=None, engine=None, **given):
 
 
 def test_a_run_that_fails_on_ray_stops_only_those_that_start_from_it(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     from ray.exceptions import NodeDiedError, RuntimeEnvSetupError
 
     store, wanted = Store(tmp_path / "runs"), sweep.read("exp_revival", scale="smoke", priors="H L").runs
@@ -681,6 +682,7 @@ def test_a_node_that_does_not_suit_is_refused_and_nothing_more_is_begun(tmp_path
     ],
 )
 def test_what_a_cluster_cannot_do_is_refused_before_it_is_waited_for(tmp_path, monkeypatch, nodes, given, says):
+    pytest.importorskip("ray")
     run = sweep.one_run("pretraining", scale="smoke")
     with pytest.raises(BadInput, match=says):
         on_ray(monkeypatch, Store(tmp_path / "runs"), [run], engine=sweep.Ray(**given), nodes=nodes)
@@ -689,6 +691,7 @@ def test_what_a_cluster_cannot_do_is_refused_before_it_is_waited_for(tmp_path, m
 
 @pytest.mark.parametrize("address", ["", "auto", "127.0.0.1:6379", "localhost:6379"])
 def test_an_address_may_name_the_cluster_that_is_connected(tmp_path, monkeypatch, address):
+    pytest.importorskip("ray")
     run = sweep.one_run("pretraining", scale="smoke")
     assert on_ray(monkeypatch, Store(tmp_path / "runs"), [run], engine=sweep.Ray(address))["trained"] == 1
 

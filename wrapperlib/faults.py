@@ -7,11 +7,11 @@ __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pick
            'with_nan', 'edited', 'damages', 'refused', 'kept_files', 'Failed', 'begun', 'ended', 'done', 'apart',
            'killed_after', 'contents', 'leftovers', 'show_kills', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid',
            'tokenise', 'experiment', 'failing', 'fail_everywhere', 'published', 'publish_one', 'ways_of_writing',
-           'die_everywhere', 'checkpoints', 'ways_of_dying', 'Disk', 'train_on_a_full_disk', 'use_what_is_read_only',
-           'jumping_clock', 'work_while_the_clock_jumps', 'train_same', 'put_same', 'publish_often', 'read_same',
-           'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters', 'refusal', 'is_a_sentence',
-           'garbled', 'wrong_calls', 'numbers', 'row', 'tried', 'rewrite', 'forge', 'other_versions', 'fill',
-           'memory_over', 'memory_of', 'a_store_of', 'seconds_to_look']
+           'die_everywhere', 'checkpoints', 'keep_same', 'ways_of_dying', 'Disk', 'train_on_a_full_disk',
+           'use_what_is_read_only', 'jumping_clock', 'work_while_the_clock_jumps', 'train_same', 'put_same',
+           'publish_often', 'read_same', 'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters',
+           'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'numbers', 'row', 'tried', 'rewrite', 'forge',
+           'other_versions', 'fill', 'memory_over', 'memory_of', 'a_store_of', 'seconds_to_look']
 
 # %% ../nbs/25_faults.ipynb #fa000002
 import builtins
@@ -48,7 +48,7 @@ from .grammar import Grammar, sampler
 from .letters import Letters
 from .model import GPT, Shape
 from .probing import Residuals, gather
-from .protocols import SCALES, fine_tuning, pretraining
+from .protocols import SCALES, fine_tuning, pace, pretraining
 from .runs import FILES, Run, Store, peak_memory, train_all, train_run
 from .stories import END, records, train_tokenizer, write_shards
 from .tales import source_tales
@@ -624,13 +624,26 @@ def checkpoints(
     folder: Path,  # with the store
 ) -> None:
     "A work: a run that keeps a checkpoint after every step."
-    train_run(Store(folder / "runs"), replace(a_run(4), measures=()), save_every=0)
+    train_run(Store(folder / "runs"), replace(a_run(2), measures=()), save_every=0)
+
+
+def keep_same(
+    folder: Path,  # with the store
+    times: int,  # how many runs
+) -> None:
+    "A work: keep runs, each with its lock, as training does."
+    store = Store(folder / "runs")
+    for seed in range(times):
+        run = replace(a_run(3), seed=seed, measures=())
+        with runs._lock(store, run, None):
+            if not store.finished(run):
+                store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
 
 
 def ways_of_dying() -> dict[str, Callable]:
     "What the library writes: name → `die_everywhere`, of a folder."
     return {
-        "a finished run": partial(die_everywhere, partial(put_same, times=2), before=partial(put_same, times=1)),
+        "a finished run": partial(die_everywhere, partial(keep_same, times=2), before=partial(keep_same, times=1)),
         "checkpoints": partial(die_everywhere, checkpoints),
         "results": partial(die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published),
     }
@@ -1224,6 +1237,8 @@ def seconds_to_look(
     "Seconds on the wall and of a CPU: to list what is there, for a status, and for the reason of a run that is not."
     wanted, store = sweep.read("exp_revival", scale="smoke", seeds=seeds).runs, Store(out / "runs")
     new, took = sweep.one_run("pretraining", scale="smoke", seed=10**6 - 1), {}
+    for run in wanted:
+        pace(run, "cpu")  # a status also measures steps, for its minutes; that is training, not looking
     for name, work in {
         "listing": lambda: [*map(store.finished, wanted)],
         "status": lambda: sweep.status("smoke", seeds, "cpu", str(out), experiments=[("exp_revival", {})]),

@@ -410,10 +410,10 @@ class Store:
                 self.partial(run).unlink(missing_ok=True)
 
     def _clear(self, run: Run) -> None:
-        "Remove what processes that were killed had half written of a run; whoever calls this holds its lock."
+        "Remove what processes that were killed left of a run: what is half written, and its checkpoint if it has finished; whoever calls this holds its lock."
         partial = self.partial(run)
         with suppress(OSError):
-            for path in partial.parent.glob(f".{partial.name}.*"):
+            for path in (*partial.parent.glob(f".{partial.name}.*"), *([partial] if self.finished(run) else [])):
                 path.unlink(missing_ok=True)
         for folder in self.root.glob(f".{address(run)}.*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -514,7 +514,7 @@ class _There:
         return self._parts.setdefault(key, part)
 
 
-_LOOKED_AT = 400
+_LOOKED_AT = 50
 
 
 def _table(log: list[dict]) -> bytes:

@@ -198,11 +198,12 @@ def status(
     rows, counted, there = [], set(), set()
     for experiment in _read_all(experiments, scale, seeds, device, out, workers, data):
         p, store = experiment.checked, Store(Path(out) / "runs")
-        missing = [r for r in experiment.runs if r not in counted and not store.finished(r)]
+        finished = {r for r in experiment.runs if store.finished(r)}
+        missing = [r for r in experiment.runs if r not in counted and r not in finished]
         counted |= set(missing)
-        there |= {r for r in experiment.runs if store.finished(r)}
+        there |= finished
         seconds = sum(seconds_of(r, pace(r, p.device)) for r in missing)
-        why = Counter(store.why(r) for r in missing)
+        why = Counter(store.reasons(missing).values())
         row = {"experiment": str(experiment.folder), "reused": len(experiment.runs) - len(missing)}
         row |= {"to train": len(missing), "minutes": seconds / 60 / _at_once(p)}
         row |= {"why": experiment.waits or "; ".join(f"{n} × {reason}" for reason, n in why.items())}
