@@ -316,7 +316,7 @@ def bag_of_words(
     return exact(learn, penalty=1e-3).accuracy(test)[0]
 
 
-_KNOWN = 4000  # words or pairs, the most frequent
+_KNOWN = 2500  # words or pairs, the most frequent
 
 
 def _counts(text: str, apart: int) -> list:
