@@ -658,7 +658,7 @@ def test_a_run_that_fails_on_ray_stops_only_those_that_start_from_it(tmp_path, m
     with pytest.raises(RuntimeError) as found:
         on_ray(monkeypatch, store, again, fails)
     said = str(found.value)
-    assert said.startswith("4 runs failed, the others are kept: ") and store.finished(again[4])
+    assert said.startswith("4 runs failed: ") and store.finished(again[4])
     assert "seed 0: the loss" in said and "No space left" in said
     assert "seed 1: its workers were lost more than ten times" in said and "seed 2: Ray gave it up" in said
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATES', 'DELETIONS', 'CONTROL', 'SHAM', 'SIZES', 'FILES', 'LAST', 'REQUEST', 'LABELS', 'PARAMETERS', 'Size',
-           'sizes_table', 'Corpus', 'sources', 'corpus', 'counts_table', 'pretraining', 'tuned', 'deletion_plan',
-           'judge_run', 'Learned', 'losses_on', 'asked', 'Behaviour', 'Layers', 'Request', 'found_in', 'questions',
-           'judge_table', 'written', 'data_for', 'judge_for']
+           'sizes_table', 'Corpus', 'sources', 'corpus', 'NotTokenised', 'only_looking', 'counts_table', 'pretraining',
+           'tuned', 'deletion_plan', 'judge_run', 'Learned', 'losses_on', 'asked', 'Behaviour', 'Layers', 'Request',
+           'found_in', 'questions', 'judge_table', 'written', 'data_for', 'judge_for']
 
 # %% ../nbs/23_deletion.ipynb #c4d60541
 import hashlib
@@ -15,6 +15,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,20 +28,13 @@ from torch import Tensor, nn
 
 from . import probing
 from .analysis import look_at_all
-from .checks import Rule, check, one_of, some_of, whole, writable
+from .checks import BadInput, Rule, check, one_of, some_of, whole, writable
 from .llama import Llama, LlamaShape, generate
 from .model import read
 from .runs import Run, Store, source_digests, write_whole
 from .stories import FEATURES, TWIST, VARIANTS, Judged, Packed, Shards, features_of, hub_lines
-from wrapperlib.stories import (
-    load_tokenizer,
-    records,
-    right_aligned,
-    source_file,
-    tokens_of,
-    train_tokenizer,
-    write_shards,
-)
+from .stories import load_tokenizer, records, right_aligned, source_file
+from .stories import tokens_of, train_tokenizer, write_shards
 from .tales import Exactly, source_tales, turns_at
 from .training import Measure, Recipe, _autocast, parts, pick_device
 
@@ -213,16 +208,10 @@ def sources(
         paths = {split: Path(data) / name for split, name in FILES.items()}
         there = all(map(os.path.isfile, paths.values()))
         check(there, "data", data, f"tales, hub, or a folder with {' and '.join(FILES.values())}")
-        given = {split: _dated(path) for split, path in paths.items()}
+        given = {split: source_file(path) for split, path in paths.items()}
     return {split: _some(*given["train"], split == "tuning") for split in ("train", "tuning")} | dict(
         test=given["test"]
     )
-
-
-def _dated(path: Path) -> tuple[Callable, str]:
-    "A file as a source; its name has its date, for an edited file may have the size that it had."
-    source, name = source_file(path)
-    return source, f"{name}, {path.stat().st_mtime_ns}"
 
 
 def _some(source: Callable, name: str, kept: bool) -> tuple[Callable, str]:
@@ -239,35 +228,55 @@ def corpus(
     data: str,  # tales, hub, or a folder with the published files
     out: Path,  # shards lie in its folder `stories`
 ) -> Corpus:
-    "Tokeniser and shards, made where they are not there yet. Raises `BadInput`."
+    "Tokeniser and shards, made where they are not there yet, unless `only_looking`. Raises `BadInput`."
     given = sources(size, data)
     key = source_digests(("tales", "stories")) if data == "tales" else given["train"][1]
     folder = Path(out) / "stories" / f"{_plain(data)}-{size.vocabulary}-{size.tales or 'all'}-{_short(key)}"
     path = folder / "tokenizer.json"
     if not path.exists():
+        if _looking.get():
+            raise NotTokenised(_NOT_YET)
         source, _ = given["train"]
         folder.mkdir(parents=True, exist_ok=True)
         some = (r.text for r in itertools.islice(source(Counter()), 100_000))
         write_whole(path, train_tokenizer(some, size.vocabulary).to_str())
     tokenizer = load_tokenizer(path)
     wanted = [("train", v) for v in _PRETRAINED] + [("tuning", v) for v in VARIANTS] + [("test", v) for v in _HELD_OUT]
-    shards = {(split, v): write_shards(folder / split / v, *given[split], tokenizer, v) for split, v in wanted}
-    for some in shards.values():
-        _check_intact(some)
+    if _looking.get():
+        shards = {(split, v): _there(folder / split / v) for split, v in wanted}
+    else:
+        shards = {(split, v): write_shards(folder / split / v, *given[split], tokenizer, v) for split, v in wanted}
     return Corpus(str(path), shards, data == "tales")
 
 
-def _check_intact(shards: Shards):
-    "Raise `BadInput` where a file's contents are not those that were written: they are a part of the address of what is trained on them."
-    for name, (_, digest) in json.loads(shards.about)["files"].items():
-        with open(Path(shards.folder, name), "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
-        check(
-            same,
-            "shard",
-            str(Path(shards.folder, name)),
-            "the file that was written; remove its folder to tokenise again",
-        )
+_looking = ContextVar("looking", default=False)
+
+
+class NotTokenised(Exception):
+    "What `corpus` would have to make while it may only look; the message says so."
+
+
+@contextmanager
+def only_looking():
+    "Within this context `corpus` makes nothing, and raises `NotTokenised` where something is not there."
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def _there(folder: Path) -> Shards:
+    "Shards that were written before; `write_shards` would take a lock, and so write."
+    if not (folder / "shards.json").exists():
+        raise NotTokenised(_NOT_YET)
+    try:
+        return Shards.load(folder)
+    except BadInput as e:
+        raise NotTokenised(str(e)) from None
+
+
+_NOT_YET = "stories are not tokenised yet"
 
 
 def _plain(data: str) -> str:

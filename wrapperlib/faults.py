@@ -7,11 +7,11 @@ __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pick
            'with_nan', 'edited', 'damages', 'refused', 'kept_files', 'Failed', 'begun', 'ended', 'done', 'apart',
            'killed_after', 'contents', 'leftovers', 'show_kills', 'kill_often', 'a_run', 'pretrain', 'tune', 'grid',
            'tokenise', 'experiment', 'failing', 'fail_everywhere', 'published', 'publish_one', 'ways_of_writing',
-           'die_everywhere', 'checkpoints', 'keep_same', 'ways_of_dying', 'Disk', 'train_on_a_full_disk',
-           'use_what_is_read_only', 'jumping_clock', 'work_while_the_clock_jumps', 'train_same', 'put_same',
-           'publish_often', 'read_same', 'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters',
-           'refusal', 'is_a_sentence', 'garbled', 'wrong_calls', 'numbers', 'row', 'tried', 'rewrite', 'forge',
-           'other_versions', 'fill', 'memory_over', 'memory_of', 'a_store_of', 'seconds_to_look']
+           'die_everywhere', 'checkpoints', 'ways_of_dying', 'Disk', 'train_on_a_full_disk', 'use_what_is_read_only',
+           'jumping_clock', 'work_while_the_clock_jumps', 'train_same', 'put_same', 'put_locked', 'publish_often',
+           'read_same', 'two_writers', 'raced', 'both_published', 'offline', 'wrong_parameters', 'refusal',
+           'is_a_sentence', 'garbled', 'wrong_calls', 'numbers', 'row', 'tried', 'rewrite', 'forge', 'other_versions',
+           'fill', 'memory_over', 'memory_of', 'a_store_of', 'seconds_to_look']
 
 # %% ../nbs/25_faults.ipynb #fa000002
 import builtins
@@ -627,27 +627,15 @@ def checkpoints(
     train_run(Store(folder / "runs"), replace(a_run(2), measures=()), save_every=0)
 
 
-def keep_same(
-    folder: Path,  # with the store
-    times: int,  # how many runs
-) -> None:
-    "A work: keep runs, each with its lock, as training does."
-    store = Store(folder / "runs")
-    for seed in range(times):
-        run = replace(a_run(3), seed=seed, measures=())
-        with runs._lock(store, run, None):
-            if not store.finished(run):
-                store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
-
-
 def ways_of_dying() -> dict[str, Callable]:
     "What the library writes: name → `die_everywhere`, of a folder."
     return {
-        "a finished run": partial(die_everywhere, partial(keep_same, times=2), before=partial(keep_same, times=1)),
+        "a finished run": partial(die_everywhere, partial(put_locked, times=2), before=partial(put_locked, times=1)),
         "checkpoints": partial(die_everywhere, checkpoints),
-        "results": partial(die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published),
+        "results": partial(
+            die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published
+        ),
     }
-
 
 # %% ../nbs/25_faults.ipynb #2bf548e1
 _NBS = Path(runs.__file__).parent.parent / "nbs"
@@ -752,7 +740,6 @@ def work_while_the_clock_jumps(
     train_run(Store(folder / "steady"), run)
     return [contents(folder / "jumping") == contents(folder / "steady"), len(published(folder)) == 4]
 
-
 # %% ../nbs/25_faults.ipynb #fa000014
 def train_same(
     folder: Path,  # with the store
@@ -768,9 +755,28 @@ def put_same(
     times: int,  # how many runs
 ) -> None:
     "A work: keep runs without their lock."
-    for seed in range(times):
-        run = replace(a_run(3), seed=seed, measures=())
-        Store(folder / "runs").put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
+    for run in _few(times):
+        _put(Store(folder / "runs"), run)
+
+
+def put_locked(
+    folder: Path,  # with the store
+    times: int,  # how many runs
+) -> None:
+    "A work: keep runs, each with its lock and once, as training does."
+    store = Store(folder / "runs")
+    for run in _few(times):
+        with runs._lock(store, run, None):
+            if not store.finished(run):
+                _put(store, run)
+
+
+def _few(times: int) -> list[Run]:
+    return [replace(a_run(3), seed=seed, measures=()) for seed in range(times)]
+
+
+def _put(store: Store, run: Run) -> None:
+    store.put(run, run.fresh_model(), [], dict(seconds=0, devices=["cpu"]))
 
 
 def publish_often(
@@ -1110,7 +1116,6 @@ def numbers(
         ),
     }
 
-
 # %% ../nbs/25_faults.ipynb #fa00001c
 def row(
     promise: int,  # of the README, 1 to 5
@@ -1248,4 +1253,3 @@ def seconds_to_look(
         work()
         took[name] = time.perf_counter() - began[0], time.process_time() - began[1]
     return took
-

@@ -808,8 +808,7 @@ def train_all(
     workers: int = 0,  # runs side by side; 0: as many as together train the most, on a GPU 8
     quiet: bool = False,  # show nothing
     engine: Callable | None = None,  # what trains instead of this machine's processes, such as `sweep.Ray`
-    known: dict[Run, dict | None]
-    | None = None,  # what `Store.verify` says, if some of them were verified already; of the others it is added
+    known: dict | None = None,  # run → what `Store.verify` says of it, where that was asked already; the others are added
 ) -> dict:
     """Train what is not there yet; returns how many runs were trained and reused, the workers' peak memory in bytes, and, of all these
     runs whenever they were trained, the seconds they took and the devices they were trained on.
@@ -888,8 +887,9 @@ class _Queue:
         if not self.failed:
             return
         errors = [*self.failed.values()]
-        kind = NotFinite if all(isinstance(e, NotFinite) for e in errors) else RuntimeError
-        said = "; ".join(map(str, errors))
+        known = (k for k in (NotFinite, NotWritten, BadInput) if all(isinstance(e, k) for e in errors))
+        kind = next(known, RuntimeError)
+        said = "; ".join(dict.fromkeys(map(str, errors)))
         if len(errors) > 1:
             said = f"{len(errors)} runs failed: {said}"
         if self.left_out:

@@ -263,10 +263,10 @@ class Shards:
     def load(
         folder: str | Path,  # as `write_shards` left it
     ) -> "Shards":
-        "Raises `BadInput` for a folder that is unfinished or whose files have other sizes than they had."
+        "Raises `BadInput` for a folder that is unfinished or whose files are not as they were written: they are a part of the address of what is trained on them."
         path = Path(folder) / "shards.json"
         about = _json(path)
-        there = about and all(_size(path.with_name(name)) == size for name, (size, _) in about["files"].items())
+        there = about and all(_digest(path.with_name(name)) == digest for name, (_, digest) in about["files"].items())
         check(there, "folder of shards", folder, "one that `write_shards` has finished, unchanged")
         digest = hashlib.sha256(json.dumps(about["files"]).encode()).hexdigest()[:16]
         return Shards(digest, about["vocabulary"], str(Path(folder).resolve()), json.dumps(about))
@@ -279,8 +279,11 @@ def _json(path: Path) -> dict | None:
         return None
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/20_stories.ipynb #0968adbb
 def write_shards(
@@ -359,10 +362,11 @@ def source_file(
     path: str | Path,  # in the published format
     quiet: bool = False,  # no progress bar
 ) -> tuple[Callable[[Counter], Iterator[Record]], str]:
-    "Source and name of a local copy, for `write_shards`."
+    "Source and name of a local copy, for `write_shards`; the name has its date, for an edited file may have the size that it had."
     path = Path(path)
     check(os.path.isfile(path), "file of stories", path, "a text file that is there")
-    return lambda counts: records(file_lines(path, quiet), counts), f"{path.name}, {path.stat().st_size} bytes"
+    name = f"{path.name}, {path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
+    return lambda counts: records(file_lines(path, quiet), counts), name
 
 # %% ../nbs/20_stories.ipynb #660c533f
 @lru_cache(maxsize=64)

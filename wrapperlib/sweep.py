@@ -32,7 +32,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -54,9 +53,7 @@ from wrapperlib.protocols import (
     rate_name,
 )
 from .protocols import results_folder, reverse, scratch, seconds_of, task_family
-from .runs import Run, Store, _chain, _cost, address, cores, peak_memory, source_digests, train_all, train_run
-from .stories import Shards
-from .training import NotFinite
+from .runs import Run, Store, _cost, _Queue, address, cores, peak_memory, source_digests, train_all, train_run
 
 # %% ../nbs/13_sweep.ipynb #10d8f93b
 EXPERIMENTS = (
@@ -120,7 +117,7 @@ def read(
                     names |= given
                     if "out" in names and not keep:
                         names["out"] = until_read.enter_context(_only_looking(str(out)))
-        except _NotYet as e:
+        except deletion.NotTokenised as e:
             names["plan"], waits = [], str(e)
     check("plan" in names and "p" in names, "notebook", str(path), "one that checks its parameters as p and sets plan")
     names["p"].out = Path(out)
@@ -140,34 +137,13 @@ def _up_to_plan(path: Path) -> Iterator[tuple[CodeType, bool]]:
             return
 
 
-class _NotYet(Exception):
-    "What a plan is made of is not there; the message says what."
-
-
 @contextlib.contextmanager
 def _only_looking(out: str):
     "A passing folder in which a notebook that is read finds the tokens of the real one; where they are not there, they are not made."
-    with tempfile.TemporaryDirectory() as folder:
-        stories = Path(folder, "stories")
-        stories.mkdir()
-        for there in Path(out, "stories").glob("*"):
-            (stories / there.name).symlink_to(there.absolute())
-        with patch.multiple(deletion, train_tokenizer=_not_tokenised, write_shards=_shards_there):
-            yield folder
-
-
-def _not_tokenised(*_):
-    raise _NotYet("stories are not tokenised yet")
-
-
-def _shards_there(folder: Path, *_) -> Shards:
-    "In place of `write_shards`, which takes a lock and so writes."
-    if not (folder / "shards.json").exists():
-        _not_tokenised()
-    try:
-        return Shards.load(folder)
-    except BadInput as e:
-        raise _NotYet(str(e)) from None
+    with tempfile.TemporaryDirectory() as folder, deletion.only_looking():
+        if Path(out, "stories").is_dir():
+            Path(folder, "stories").symlink_to(Path(out, "stories").absolute(), target_is_directory=True)
+        yield folder
 
 
 def _sets_plan(statement: ast.stmt) -> bool:
@@ -190,8 +166,7 @@ def status(
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results; not made
     workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
-    experiments: Iterable
-    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
 ) -> pd.DataFrame:
     "What `paper` would do. Columns reused, to train, minutes, why, results; a row for each experiment, and one for all. Raises `BadInput`."
@@ -278,8 +253,7 @@ def paper(
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results
     workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
-    experiments: Iterable
-    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     fail_fast: bool = False,  # the first failure is the last thing that is done
     engine: Callable | None = None,  # trains all runs before the first notebook, such as `Ray`
@@ -671,12 +645,11 @@ class Ray:
     def _train(self, ray, store, missing, token, line) -> int:
         task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=10)(_train_on_node)
         device = "cuda" if self.gpus else "cpu"
-        waiting, jobs, peaks, failed = sorted(missing, key=lambda r: -_chain(r, missing)), {}, {}, {}
+        queue, jobs, peaks = _Queue(missing), {}, {}
         try:
-            while waiting or jobs:
-                busy = {*jobs.values(), *waiting}
-                for run in [r for r in waiting if r.start not in busy]:
-                    waiting.remove(run)
+            while queue.waiting or jobs:
+                for run in queue.ready([*jobs.values()], len(missing)):
+                    queue.waiting.remove(run)
                     jobs[task.remote(store.root, run, address(run), token, device, self.save_every)] = run
                 for job in ray.wait([*jobs], timeout=2)[0]:
                     run = jobs.pop(job)
@@ -684,33 +657,22 @@ class Ray:
                         peaks |= _outcome(ray, job, run)
                         _await(store.path(run))
                     except Exception as e:  # whatever happened to it, the others are to go on
-                        failed[run] = e
-                        waiting = [] if isinstance(e, _Unfit) else [r for r in waiting if run not in r.lineage]
+                        queue.fail(run, e)
+                        if isinstance(e, _Unfit):
+                            queue.waiting.clear()
                     if line:
-                        line.ended(_done(store, missing), f"{run.name}{' failed' if run in failed else ''}")
+                        line.ended(_done(store, missing), f"{run.name}{' failed' if run in queue.failed else ''}")
                 if line:
                     line.show(_done(store, missing), f"{len(jobs)} runs begun or waiting for a worker")
         finally:
             for job in jobs:  # none, unless this process is told to stop
                 ray.cancel(job, force=True)
-        _raise_all(failed)
+        queue.end()
         return sum(peaks.values())
 
 
 class _Unfit(BadInput):
     "A node that cannot train for this sweep; it would fail one run after the other."
-
-
-def _raise_all(failed: dict[Run, Exception]) -> None:
-    "Raise the only error as it is, several as one that names each run."
-    if not failed:
-        return
-    errors = [*failed.values()]
-    if len(errors) == 1 or all(isinstance(e, _Unfit) for e in errors):
-        raise errors[0]
-    each = "; ".join(f"{run.name}: {_first_line(e)}" for run, e in failed.items())
-    of = NotFinite if all(isinstance(e, NotFinite) for e in errors) else RuntimeError
-    raise of(f"{len(failed)} runs failed, the others are kept: {each}")
 
 
 def together(
@@ -827,8 +789,7 @@ def plan(
     scale: str = "paper",  # name of a scale
     seeds: int = 1,  # how many seeds, from 0
     device: str = "auto",  # auto, cpu, cuda or cuda:N
-    experiments: Iterable
-    | None = None,  # names of notebooks and what they are given; None: all that can be read at the scale
+    experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     gpus: float = 0.0,  # of each run, as in `Ray`: with 0.25 four train on a worker; 0: one does
 ) -> pd.DataFrame:
