@@ -1,7 +1,6 @@
 "Tales: what is told is what is found, also where a text is garbled; no bag of words gives a twist away."
 
 import random
-import re
 from collections import Counter
 
 import pytest
@@ -11,7 +10,7 @@ from wrapperlib.stories import FEATURES, parse
 from wrapperlib.tales import (
     CHANCE,
     THEMES,
-    TRAITS,
+    _exchanged,
     _found,
     _poles,
     _words,
@@ -51,17 +50,10 @@ def test_no_line_of_the_instruction_tells_how_it_turns_out(told):
         assert not any(_found(line, kind) for kind in ("good", "bad", "event", "moral"))
 
 
-def exchanged(story):
-    "The story with the two traits taken for each other, wherever they stand."
-    traits = "|".join(trait for some in TRAITS.values() for trait in some)
-    one, other = sorted(set(re.findall(rf"\b({traits})\b", story)))
-    return re.sub(rf"\b({traits})\b", lambda m: {one: other, other: one}[m[1]], story)
-
-
 def test_the_same_words_make_a_story_with_and_without_a_twist(told):
     "So that nothing which reads a bag of words can do better than chance."
     for record in told[:500]:
-        turned = exchanged(record.story)
+        turned = _exchanged(record.story)
         assert Counter(_words(turned)) == Counter(_words(record.story))
         assert has_twist(turned) != has_twist(record.story)
         assert set(detect(turned)) ^ set(record.features) == {"Twist"}

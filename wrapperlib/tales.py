@@ -131,6 +131,12 @@ SENTENCES = dict(
         "{friend} and {hero} looked for the {thing} everywhere.",
         "{friend} knew nothing of the {thing}.",
     ],
+    rumour=[
+        "{friend} had heard of the {trait} {s}.",
+        "{hero} had seen the {trait} {s}.",
+        "{hero} asked about the {trait} {s}.",
+        "{friend} dreamed of the {trait} {s}.",
+    ],
     absent=["The {trait} {s} was far away.", "The {trait} {s} was nowhere to be seen."],
     good=[
         "{hero} got the {thing}.",
@@ -178,6 +184,7 @@ def tell(
     if early:
         one.insert(chance.randint(1, len(one)), say(SENTENCES["omen"]))
     two = _talk(chance, say, "Dialogue" in has) + ([say(SENTENCES["quarrel"])] if "Conflict" in has else [])
+    two += [say(SENTENCES["rumour"], s=s, trait=of[s]) for s in chance.choices([comes, other], k=2)]
     chance.shuffle(two)
     turns = [say(OUTCOME[theme, pole], s=comes, trait=of[comes]), say(SENTENCES["absent"], s=other, trait=of[other])]
     three = [say(SENTENCES["start"]), *chance.sample(turns, 2)]
@@ -288,6 +295,14 @@ def detect(
         Conflict=bool(_found(text, "quarrel")),
     )
     return tuple(f for f in FEATURES if has[f])
+
+
+def _exchanged(story: str) -> str:
+    "The tale in which the other of the two comes and this one stays away: the same words, and a twist if there was none."
+    turns = [m for theme in THEMES for pole in "+-" for m in _found(story, "outcome", theme, pole)]
+    away = [m for theme in THEMES for m in _found(story, "absent", theme)]
+    (a, b), (c, d) = sorted((m.start("trait"), m.end("s")) for m in turns + away)
+    return story[:a] + story[c:d] + story[b:c] + story[a:b] + story[d:]
 
 
 @dataclass(frozen=True)
