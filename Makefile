@@ -1,4 +1,4 @@
-# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make test-slow | make bench | make faults | make docs | make docs-serve | make export
+# make revival | make behavior | make pruning | make probing | make tracr | make tracr_readings | make mixing | make jailbreak | make randft | make sweeps | make stories | make paper | make status | make plan | make verdicts | make test | make test-slow | make bench | make faults | make docs | make docs-serve | make export | make pins
 # Each does its own set-up in .venv; needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 SCALE ?= desk
@@ -31,9 +31,13 @@ TORCH := torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# what the tests last passed with, exactly, where that is known for this Python; `make test PINS=` takes the newest
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PINS ?= $(wildcard tests/versions-$(VERSION).txt)
+
 BENCHES := $(patsubst nbs/%.ipynb,%,$(sort $(wildcard nbs/bench_*.ipynb)))
 
-.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test test-slow bench faults docs docs-serve export setup $(BENCHES)
+.PHONY: revival behavior pruning probing tracr tracr_readings mixing jailbreak randft sweeps stories paper status plan verdicts test test-slow bench faults docs docs-serve export pins setup $(BENCHES)
 .NOTPARALLEL: # what is measured must not wait for what is measured beside it
 
 setup: $(READY)
@@ -131,6 +135,7 @@ docs: $(SITE)
 docs-serve: $(SITE)
 	$(BIN)/mkdocs serve --config-file docs/mkdocs.yml
 
+test test-slow: export PIP_CONSTRAINT := $(PINS)
 test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
@@ -142,3 +147,7 @@ test-slow: $(CLUSTER) $(COMPILER) $(SITE) $(TOKENS)
 export: $(READY)
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+
+# Once the tests passed with newer packages.
+pins: $(COMPILER) $(SITE) $(TOKENS)
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' >tests/versions-$(VERSION).txt

@@ -12,6 +12,8 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import REPO, cells
 from wrapperlib.claims import as_markdown, in_short, page
@@ -123,6 +125,20 @@ def test_environments_agree():
     ]
     pinned = re.search(r"TORCH := (\S+)", (REPO / "Makefile").read_text())[1]
     assert pinned == "torch==2.13.0"
+
+
+TESTED = ("dev", "tracr", "stories", "docs")  # extras that `make test` installs
+
+
+@pytest.mark.parametrize("pins", sorted(REPO.glob("tests/versions-*.txt")), ids=lambda path: path.stem)
+def test_the_pinned_versions_are_of_all_that_is_tested_and_within_its_bounds(pins):
+    exact = {canonicalize_name(r.name): r for r in map(Requirement, pins.read_text().split())}
+    assert all(re.fullmatch(r"==[^*,]+", str(r.specifier)) for r in exact.values())
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = (r for name in TESTED for r in project["optional-dependencies"][name])
+    for required in map(Requirement, [*project["dependencies"], *extras]):
+        version = str(exact[canonicalize_name(required.name)].specifier).removeprefix("==")
+        assert required.specifier.contains(version), f"{required}: {version} is pinned"
 
 
 def test_the_library_needs_no_notebook_tool():
