@@ -31,7 +31,7 @@ TORCH := torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# what the tests last passed with, exactly, where that is known for this Python; `make test PINS=` takes the newest
+# what the tests last passed with, exactly, where that is known for this Python; `rm -rf .venv; make test PINS=` takes the newest
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS ?= $(wildcard tests/versions-$(VERSION).txt)
 
@@ -150,4 +150,5 @@ export: $(READY)
 
 # Once the tests passed with newer packages.
 pins: $(COMPILER) $(SITE) $(TOKENS)
-	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' >tests/versions-$(VERSION).txt
+	$(BIN)/pip freeze --exclude-editable >.venv/versions
+	sed 's/+cpu$$//' .venv/versions >tests/versions-$(VERSION).txt

@@ -71,7 +71,7 @@ def howtos() -> list[Path]:
 def results() -> tuple[Path, ...]:
     "Executed copies of experiments and benchmarks, that of the most telling scale first; scale smoke means nothing."
     found = [p for p in (REPO / "outputs").glob("*/**/*.ipynb") if p.stem in p.parts[:-1]]
-    found = [p for p in found if not {"runs", "earlier"} & set(p.parts) and not label(p).startswith("smoke")]
+    found = [p for p in found if not {"runs", "earlier"} & set(p.relative_to(REPO).parts) and not label(p).startswith("smoke")]
     read = (REPO / "README.md").read_text()  # its order is that of reading
     return tuple(sorted(found, key=lambda p: (read.find(f"[{p.stem}]") % 10**9, p.stem, *rank(label(p)))))
 

@@ -1,5 +1,7 @@
 "Taking every model of a plan apart: once, side by side or one by one, and kept under what was asked."
 
+from types import SimpleNamespace
+
 import pytest
 
 from wrapperlib import analysis
@@ -79,6 +81,12 @@ def test_another_question_other_code_and_another_model_are_asked_anew(trained, m
     }
     monkeypatch.setattr(analysis, "source_digests", lambda modules: dict(pruning="changed"))
     assert len(others | {analysis._kept(store, ROWS, scale, run, False)}) == 5
+
+
+def test_how_many_stories_a_probe_reads_is_part_of_the_question(trained):
+    store, [(_, run), *_] = trained
+    sizes = [SimpleNamespace(samples=16), *(SimpleNamespace(samples=16, probed=n) for n in (64, 128))]
+    assert len({analysis._kept(store, ROWS, size, run, False) for size in sizes}) == 3
 
 
 def test_many_rows_alone_have_a_sweep_but_no_picture_of_where_the_few_sit(trained):

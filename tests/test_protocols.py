@@ -125,11 +125,20 @@ def test_the_price_at_the_papers_scale_is_days(tmp_path):
 
 
 def test_any_grammar_will_do(tmp_path):
-    four = Grammar.parse("text → text word (0.9) | word (0.1)\nword → a b | a c d | b c | d", "a b c d")
+    four = Grammar.parse("text → text word (0.9) | word (0.1)\nword → a c b c | b c | c c | d c", "a b c d")
     scale = replace(SMOKE, domain=Domain(four, length=20, window=18, nth=2))
     prior = (0.4, 0.3, 0.2, 0.1)
     table, _ = carry_out(Store(tmp_path), revival_plan(scale, priors=(prior,)), workers=1)
     assert set(table["prior"].dropna()) == {"0.4/0.3/0.2/0.1"} and np.isfinite(table["value"]).all()
+
+
+def test_a_grammar_with_too_little_to_exchange_is_refused():
+    four = Grammar.parse("text → text word (0.9) | word (0.1)\nword → a b | a c d | b c | d", "a b c d")
+    scale = replace(SMOKE, domain=Domain(four, length=20, window=18, nth=2))
+    with pytest.raises(
+        BadInput, match="grammar is 'one by which 36% of edited strings are not as asked'; allowed: one whose"
+    ):
+        revival_plan(scale, priors=("L",))
 
 
 def test_priors_as_text():

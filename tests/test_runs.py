@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -280,6 +281,20 @@ def test_a_worker_that_is_killed_stops_nothing(store, tmp_path, domain, monkeypa
     assert killed and "a worker process was killed" in capsys.readouterr().out
     for run in wanted:
         assert contents(store, run) == contents(undisturbed, run)
+
+
+def test_a_worker_that_is_killed_while_speed_is_measured_stops_nothing(store, domain, monkeypatch):
+    measured = []
+
+    def killed(pool, run, limit):
+        measured.append(pool.submit(os.getpid).result() and limit)  # a worker came up
+        raise BrokenProcessPool("out of memory")
+
+    monkeypatch.setattr(runs, "_most_at_once", killed)
+    monkeypatch.setattr(runs, "_WORTH_MEASURING", 1)
+    monkeypatch.setattr(runs, "cores", lambda: 2)
+    assert train_all(store, [a_run(domain, steps=5, seed=s) for s in (0, 1)])["trained"] == 2
+    assert measured == [2]
 
 
 class Deadly(type(one_task(Domain(length=24, window=16, nth=2), "C", "a"))):

@@ -261,6 +261,22 @@ def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
     assert sweep.EXPERIMENTS[-1][0] == "exp_stories"
 
 
+def test_what_is_not_there_at_a_scale_is_left_out(capsys):
+    names = {name for name, _ in sweep.everything("desk_paper")}
+    assert names == {name for name, _ in sweep.EXPERIMENTS} - {"exp_tracr", "exp_tracr_readings", "exp_stories"}
+    assert sweep.main(["status", "--scale", "desk_paper"]) == 0
+    assert "left out at scale desk_paper: exp_stories, exp_tracr, exp_tracr_readings; not at" in capsys.readouterr().out
+
+
+def test_another_number_of_steps_keeps_the_share_of_the_first_stage():
+    usual = sweep.one_run("pretraining", scale="desk")
+    share = SCALES["desk"].first_share
+    for steps in (300, 600, usual.recipe.steps):
+        run = sweep.one_run("pretraining", **{"scale": "desk", "recipe.steps": steps})
+        assert run.stream.until == round(share * steps) > 0
+    assert sweep.one_run("pretraining", **{"scale": "desk", "recipe.steps": usual.recipe.steps}) == usual
+
+
 def test_all_processes_train_what_the_first_one_finds_missing(tmp_path):
     from tests.test_ranks import torchrun
 

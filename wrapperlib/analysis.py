@@ -115,7 +115,8 @@ def _sources(question) -> dict[str, str]:
 
 def _kept(store: Store, question, scale: Scale, run: Run, untrained: bool) -> Path:
     "Where what was found lies or will lie."
-    asked = json.dumps([address(run), untrained, describe(question), scale.samples, _sources(question)])
+    read = [getattr(scale, name) for name in ("samples", "probed") if hasattr(scale, name)]
+    asked = json.dumps([address(run), untrained, describe(question), *read, _sources(question)])
     return store.root / "analyses" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.findings"
 
 

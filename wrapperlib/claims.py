@@ -532,8 +532,8 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-_ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter.
-Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory; why it is where it is stands in [claims](../nbs/11_claims.ipynb)."""
+_ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
+Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory; why it is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb)."""
 
 
 def write_page(
@@ -1127,7 +1127,7 @@ def _gains(i: str, task: str, what: str) -> Claim:
 def _leads(i: str, task: str, what: str) -> Claim:
     return Claim(
         i,
-        f"It is the capability that {what} brings back: a model that never had it gains less.",
+        f"It is the capability that {what} brings back: a model that never had it counts less well after the same.",
         f"acc_opt after fine-tuning on {task} at η_M, the model − its control, {_CORRELATED}",
         ">=",
         0.30,

@@ -63,7 +63,7 @@ class Size:
     judging: Recipe  # of the judge
     samples: int  # stories written by each model, and rows of each loss
     new: int  # most tokens of a story
-    probed: int  # stories a probe learns from, and as many it is tested on
+    probed: int  # stories a probe learns from, and as many it is tested on, at most
     tales: int = 0  # how many there are to train on, if the data are tales
 
     def __hash__(self):
@@ -108,7 +108,7 @@ SIZES = {
             4,
             96,
             145,
-            Recipe(steps=2500, batch=32, lr=2e-3, muon=5e-3, warmup=0.05),
+            Recipe(steps=2500, batch=32, lr=2e-3, muon=5e-3, warmup=0.3),
             _constant(400, 16),
             {"η_M": 1e-3, "η_S": 1e-4},
             (40, 400),
@@ -161,7 +161,7 @@ def sizes_table() -> pd.DataFrame:
             "looked at after steps of deletion": ", ".join(map(str, s.deleting)),
             "looked at after steps of reFT": ", ".join(map(str, s.reviving)),
             "stories a model writes": s.samples,
-            "stories a probe learns from": s.probed,
+            "stories a probe learns from, at most": s.probed,
         }
 
     return pd.DataFrame({name: numbers(s) for name, s in SIZES.items()})
@@ -230,7 +230,7 @@ def corpus(
 ) -> Corpus:
     "Tokeniser and shards, made where they are not there yet, unless `only_looking`. Raises `BadInput`."
     given = sources(size, data)
-    key = source_digests(("tales", "stories")) if data == "tales" else given["train"][1]
+    key = source_digests(("tales", "stories")) if data == "tales" else [given["train"][1], source_digests(("stories",))]
     folder = Path(out) / "stories" / f"{_plain(data)}-{size.vocabulary}-{size.tales or 'all'}-{_short(key)}"
     path = folder / "tokenizer.json"
     if not path.exists():

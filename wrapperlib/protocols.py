@@ -119,6 +119,8 @@ def measure(
     family: str = "C",  # C: counted, I: indexed
 ) -> Measure:
     "Accuracy on edited strings."
+    letters = scale.domain.grammar.terminals
+    check(len(letters) == 3, "letters of the grammar", " ".join(letters), "three: strings are edited by exchange with the third")
     operand = dict(acc_opt=O_PT, acc_oft=O_FT)[metric]
     return Measure(metric, Edited(scale.domain, operand, c_te, O_PT, O_FT, family), c_te, scale.samples)
 
@@ -311,6 +313,7 @@ def what_it_says(
     """What the plan's fine-tuned models answer when asked for O_PT where the correlation is absent, C_Te = 0.
 
     Shares of test strings in which it is the count (or index) of O_PT, one more, that of O_FT, or anything else; a row for each prior, C_Tr and seed.
+    Where both operands have the same label, in some three of ten strings of Counter, an answer stands in two columns.
     """
     rows = {}
     for labels, run in plan:

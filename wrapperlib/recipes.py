@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from .checks import check
+from .llama import turn
 from .model import GPT, Attention
 from .protocols import FAST, SCALES, Scale, pretraining
 from .runs import cores
@@ -80,12 +81,7 @@ class _Rotary(Attention):
         half = q.shape[-1] // 2
         angle = torch.arange(x.shape[1])[:, None] * 100.0 ** (-torch.arange(half) / half)
         cos, sin = angle.cos(), angle.sin()  # (t, half)
-
-        def turned(y):
-            a, b = y.chunk(2, -1)
-            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-        out = self.out(self._explicit(turned(q), turned(k), v).transpose(1, 2).flatten(2))
+        out = self.out(self._explicit(turn(q, cos, sin), turn(k, cos, sin), v).transpose(1, 2).flatten(2))
         return out[:, -1:] if last else out
 
 

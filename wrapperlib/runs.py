@@ -929,8 +929,8 @@ def _train_here(store, missing, device, at_once, line) -> int:
 def _next_group(store, waiting: list[Run], at_once: int) -> list[Run]:
     "Runs that could begin now and be one program; the first the one with the longest chain of work behind it."
     ready = sorted((r for r in waiting if r.start not in waiting), key=lambda r: -_chain(r, waiting))
-    first = ready[0]
-    return [r for r in ready if program(store, r) == program(store, first)][:at_once]
+    first = program(store, ready[0])
+    return list(itertools.islice((r for r in ready if program(store, r) == first), at_once))
 
 # %% ../nbs/04_runs.ipynb #35752181
 class Stopped(RuntimeError):
@@ -1010,7 +1010,8 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
     while queue.waiting:
         with _pool(room, steps) as pool:
             if measure:
-                measure, room = False, _most_at_once(pool, queue.waiting[0], room)
+                measure = False  # once, also if a worker is killed meanwhile
+                room = _most_at_once(pool, queue.waiting[0], room)
             for jobs in _work_off(queue, pool, room, begin, ended):
                 if line:
                     line.show(done(), ", ".join(run.name for run in jobs.values()))

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from .claims import Claim, OneSeed, Value, _accuracy, _least, _most, interval, judge_all
 from .deletion import CONTROL, DELETIONS, RATES, REQUEST, SHAM, Size
+from .figures import _seeds
 from .stories import OTHER, TWIST
 
 # %% ../nbs/24_story_claims.ipynb #2f10e68b
@@ -85,7 +86,7 @@ def layers(
     "Accuracy of probes for a feature over the blocks, a panel for each rate of deletion. Figs. 11, 35–38."
     rows = table[(table["feature"] == feature) & table["metric"].isin(["accuracy", "shuffled"])]
     rows = rows.assign(block=rows["site"].map(lambda s: 0 if s == "embed" else int(s.split(".")[1]) + 1))
-    fig, axes = _panels(len(size.rates), f"What probes read of {feature} (scale {size.name}, {_seeds(rows)})")
+    fig, axes = _panels(len(size.rates), f"What probes read of {feature} (scale {size.name}, {_seeds(rows['seed'].nunique())})")
     for ax, (name, lr) in zip(axes, size.rates.items()):
         for model, colour in _colours().items():
             of = _of_rate(rows[rows["model"] == model], lr)
@@ -128,7 +129,7 @@ def over_steps(
     what = dict(
         deletion="While twists are deleted", reft=f"While they are brought back at η_S = {size.rates['η_S']:g}"
     )[protocol]
-    fig, axes = _panels(len(size.rates), f"{what} (scale {size.name}, {_seeds(rows)})")
+    fig, axes = _panels(len(size.rates), f"{what} (scale {size.name}, {_seeds(rows['seed'].nunique())})")
     for ax, (name, lr) in zip(axes, size.rates.items()):
         for model, colour in _colours().items():
             line = _of_rate(rows[rows["model"] == model], lr)
@@ -142,10 +143,6 @@ def over_steps(
     _legend(axes[-1])
     return fig
 
-
-def _seeds(table: pd.DataFrame) -> str:
-    n = table["seed"].nunique()
-    return "1 seed" if n == 1 else f"{n} seeds: mean and range"
 
 # %% ../nbs/24_story_claims.ipynb #4d67ce7d
 _REFT = "after reFT at η_S"

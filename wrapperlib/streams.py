@@ -18,7 +18,7 @@ from .tasks import Domain, Edited, _rng
 # %% ../nbs/08_streams.ipynb #9721cc92
 @dataclass(frozen=True)
 class Mixture:
-    "A stream in which a share of the samples comes from another; both of one domain. App. E.1. Raises `BadInput`."
+    "A stream in which a share of the samples comes from another; both of one domain, `stream` itself no mixture, which would draw by the same chance. App. E.1. Raises `BadInput`."
 
     stream: object  # where samples come from
     other: object  # where the rest comes from
@@ -137,7 +137,7 @@ def asked_by_all_names(
     stream,  # `Natural`, of a domain with synonyms: what is asked by the families' own tokens
     operand: str,  # the letter that the further names are paired with
 ) -> Mixture:
-    "A stream in which each further name is as frequent as a family, and paired with one operand only. App. E.2."
+    "A stream in which each further name is as frequent as a family, and paired with one operand only; right for one or two of them. App. E.2."
     names = stream.domain.names
     alone = replace(
         stream, families=("C",), prior=tuple(np.eye(len(stream.prior))[stream.domain.letter(operand)].tolist())

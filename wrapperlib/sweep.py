@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from . import deletion, runs
+from . import compiled_runs, deletion, runs
 from .checks import BadInput, Rule, check, one_of, whole, writable
 from .claims import in_short
 from wrapperlib.protocols import (
@@ -54,6 +54,7 @@ from wrapperlib.protocols import (
 )
 from .protocols import results_folder, reverse, scratch, seconds_of, task_family
 from .runs import Run, Store, _cost, _Queue, address, cores, peak_memory, source_digests, train_all, train_run
+from .tasks import Curriculum
 
 # %% ../nbs/13_sweep.ipynb #10d8f93b
 EXPERIMENTS = (
@@ -165,7 +166,7 @@ def status(
     seeds: int = 1,  # how many seeds, from 0
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results; not made
-    workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
+    workers: int = 0,  # runs side by side; 0: as in `train_all` and `look_at_all`
     experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
 ) -> pd.DataFrame:
@@ -192,8 +193,10 @@ def everything(
     scale: str,  # name of a scale
     data: str = "",  # as in `status`
 ) -> tuple:
-    "All experiments; at scale paper without the one on stories, unless it is said where they are."
-    return tuple(e for e in EXPERIMENTS if e[0] != "exp_stories" or scale != "paper" or data)  # tales are not for paper
+    "All experiments that there are at the scale; at paper without the one on stories, unless it is said where they are."
+    sizes = dict(exp_tracr=compiled_runs.SIZES, exp_tracr_readings=compiled_runs.SIZES, exp_stories=deletion.SIZES)
+    there = (e for e in EXPERIMENTS if scale not in SCALES or scale in sizes.get(e[0], SCALES))
+    return tuple(e for e in there if e[0] != "exp_stories" or scale != "paper" or data)  # tales are not for paper
 
 
 def _read_all(experiments, scale, seeds, device, out, workers, data, keep=False) -> list[Experiment]:
@@ -252,7 +255,7 @@ def paper(
     seeds: int = 1,  # how many seeds, from 0
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     out: str = "outputs",  # folder of runs and results
-    workers: int = 0,  # runs side by side; 0: one a core, on a GPU one
+    workers: int = 0,  # runs side by side; 0: as in `train_all` and `look_at_all`
     experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     fail_fast: bool = False,  # the first failure is the last thing that is done
@@ -456,6 +459,9 @@ def one_run(
         run = reverse(scale, run, p.re_rate, p.task)
     for name, value in settings.items():
         run = _with(run, name, value)
+    if "recipe.steps" in settings and isinstance(run.stream, Curriculum):  # its first stage is a share of all steps
+        until = round(scale.first_share * run.recipe.steps)
+        run = replace(run, stream=replace(run.stream, until=until))
     return run
 
 
@@ -811,7 +817,7 @@ def plan(
 
 
 NOT_PLANNED = (
-    "Not counted: probing, pruning, and what models write and are asked. "
+    "Not counted: probing, pruning, what models write and are asked, and the trainings of exp_tracr_readings, which are not kept (at scale paper 45 of full length). "
     "Runs that a GPU would train side by side as one program are priced one by one, so there it is an upper bound; "
     "with GPUS, each of the runs that share a GPU is taken to be as quick as alone."
 )
@@ -894,8 +900,10 @@ def _do(a: argparse.Namespace) -> int:
     if a.what == "train":
         return _do_train(a, common)
     engine = Ray(a.address, _plain(a.gpus)) if one_of(["local", "ray"])("engine", a.engine) == "ray" else None
-    if a.what != "grid" and len(everything(a.scale, a.data)) < len(EXPERIMENTS):
-        print("exp_stories is left out: at scale paper it needs --data (make: DATA), hub or a folder")
+    left_out = {name for name, _ in EXPERIMENTS} - {name for name, _ in everything(a.scale, a.data)}
+    if a.what != "grid" and left_out:
+        why = "it needs --data (make: DATA), hub or a folder" if a.scale == "paper" else "not at this scale"
+        print(f"left out at scale {a.scale}: {', '.join(sorted(left_out))}; {why}")
     if a.what == "plan":
         print(f"{plan(**common, gpus=_plain(a.gpus)).round(3).to_string()}\n\n{NOT_PLANNED}")
         return 0

@@ -263,14 +263,17 @@ def turns_at(
     text: str,  # a story
 ) -> int | None:
     "Where it has named who decides it, but not yet said how: the number of characters before. None if nothing turns out."
-    ends = [m.end("s") for theme in THEMES for pole in "+-" for m in _found(text, "outcome", theme, pole)]
-    return min(ends, default=None)
+    return min((m.end("s") for m in _outcomes(text)), default=None)
+
+
+def _outcomes(text: str) -> list[re.Match]:
+    return [m for theme in THEMES for pole in "+-" for m in _found(text, "outcome", theme, pole)]
 
 
 def has_twist(
     text: str,  # a story
 ) -> bool:
-    "Whether something turns out the opposite of all that was said of it before, and is still called what it was."
+    "Whether something turns out the opposite of what it was set up as, and is still called that; what rumours call it is not read."
     for theme in THEMES:
         said = _poles(text, "set_up", theme)
         for at, who, pole, trait in _poles(text, "outcome", theme):
@@ -299,9 +302,8 @@ def detect(
 
 def _exchanged(story: str) -> str:
     "The tale in which the other of the two comes and this one stays away: the same words, and a twist if there was none."
-    turns = [m for theme in THEMES for pole in "+-" for m in _found(story, "outcome", theme, pole)]
     away = [m for theme in THEMES for m in _found(story, "absent", theme)]
-    (a, b), (c, d) = sorted((m.start("trait"), m.end("s")) for m in turns + away)
+    (a, b), (c, d) = sorted((m.start("trait"), m.end("s")) for m in _outcomes(story) + away)
     return story[:a] + story[c:d] + story[b:c] + story[a:b] + story[d:]
 
 
