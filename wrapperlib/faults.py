@@ -662,6 +662,7 @@ class Disk:
         return subprocess.run([*command, self.folder], capture_output=True).returncode == 0
 
     def fill(self):
+        "Leave no room."
         if not self.mounted:
             self.faults.enter_context(failing("write", NO_SPACE))
         else:
@@ -669,10 +670,12 @@ class Disk:
                 (self.folder / "filler").write_bytes(b"x" * 2**20)
 
     def empty(self):
+        "Make room again."
         self.faults.close()
         (self.folder / "filler").unlink(missing_ok=True)
 
     def protect(self):
+        "Let nothing more be written."
         if not self.mounted or not self._run("mount", "-o", "remount,ro"):
             for step in ("mkdir", "open"):
                 self.faults.enter_context(failing(step, READ_ONLY))
