@@ -534,7 +534,8 @@ class Request:
     def _until_it_turns(self, tokenizer, i: int) -> np.ndarray:
         prompt, story = tokens_of(self.stories, i)
         text = tokenizer.decode(story)
-        told = [end for _, end in tokenizer.encode(text).offsets if end <= turns_at(text)]
+        until = turns_at(text)
+        told = [end for _, end in tokenizer.encode(text).offsets if end <= until]
         return np.concatenate([prompt, story[: len(told)]])
 
 
