@@ -277,8 +277,11 @@ def test_the_request_is_read_where_the_tale_turns_and_before_it_says_how(data, m
 
     rows, ends = [], deletion._ends
     monkeypatch.setattr(deletion, "_ends", lambda model, r, last: rows.extend(r) or ends(model, r, last))
+    looked, turns_at = [], deletion.turns_at
+    monkeypatch.setattr(deletion, "turns_at", lambda text: looked.append(text) or turns_at(text))
     model = pretraining(SMOKE, data).fresh_model().eval()
     table = Request(data.shards["test", "all"], data.tokenizer).of(model, replace(SMOKE, length=250))
+    assert len(looked) == len(rows)  # once a tale
     tokenizer = load_tokenizer(data.tokenizer)
     for row in rows:
         _, story = tokenizer.decode(row).split("Story:")

@@ -14,14 +14,16 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 import torch
 
 from .checks import BadInput, Rule, check, one_of, some_of, whole, writable
 from .model import Shape
 from .runs import Run, Store, cores, train_all
-from .tasks import FAMILIES, PRIORS, Curriculum, Domain, Edited, Natural, one_task
+from .tasks import FAMILIES, PRIORS, Curriculum, Domain, Edited, Natural, answers, one_task
 from .training import FINE_TUNING, Measure, Recipe, accuracy, log_spaced, pick_device, seconds_per_step
 
 # %% ../nbs/10_protocols.ipynb #316a623c
@@ -119,10 +121,25 @@ def measure(
     family: str = "C",  # C: counted, I: indexed
 ) -> Measure:
     "Accuracy on edited strings."
-    letters = scale.domain.grammar.terminals
-    check(len(letters) == 3, "letters of the grammar", " ".join(letters), "three: strings are edited by exchange with the third")
+    wrong = _wrongly_edited(scale.domain, family)
+    allowed = "one whose strings have enough of a third letter to be exchanged for the operands"
+    check(not wrong, "grammar", f"one by which {wrong:.0%} of edited strings are not as asked", allowed)
     operand = dict(acc_opt=O_PT, acc_oft=O_FT)[metric]
     return Measure(metric, Edited(scale.domain, operand, c_te, O_PT, O_FT, family), c_te, scale.samples)
+
+
+@lru_cache
+def _wrongly_edited(domain: Domain, family: str) -> float:
+    "Share of edited strings that have the correlation where they should not, or lack it: there was nothing to exchange."
+    wrong, of = [], np.full(_TRIED, FAMILIES.index(family))
+    for c in (0.0, 1.0):
+        text = Edited(domain, O_PT, c, O_PT, O_FT, family).text(_TRIED, np.random.default_rng(0))
+        opt, oft = (answers(domain, text, of, np.full(_TRIED, domain.letter(x))) for x in (O_PT, O_FT))
+        wrong.append(((oft == opt + 1) != bool(c)).mean())
+    return float(max(wrong))
+
+
+_TRIED = 500  # strings
 
 
 def _measures(scale: Scale, *what: tuple[str, float], family: str = "C") -> tuple[Measure, ...]:
