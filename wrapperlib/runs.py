@@ -17,6 +17,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -217,7 +218,12 @@ def _text(value: object) -> str:
     return _encode(value)
 
 
-_encode = json.JSONEncoder(sort_keys=True).encode
+def _encode(value: object) -> str:
+    "What `json.dumps` makes of a value; numbers are most of them, and quicker so."
+    return repr(value) if type(value) in (int, float) and math.isfinite(value) else _JSON.encode(value)
+
+
+_JSON = json.JSONEncoder(sort_keys=True)
 
 
 @lru_cache(2**16)
@@ -471,7 +477,7 @@ class Store:
             return "source changed: " + ", ".join(changed)
         ours, nearest, most = there.shared(describe(run)), None, 4  # with four differences it is another run
         for config in there.latest:
-            found = list(itertools.islice(_differences(ours, config), most))
+            found = there.differences(ours, config, most)
             if len(found) < most:
                 nearest, most = found, len(found)
             if most == 1:  # nearer is none: the same configuration would have been found above
@@ -484,7 +490,7 @@ class _There:
     "The records in a store, read when they are first asked for. Parts of configurations that are equal are one object."
 
     def __init__(self, root: Path):
-        self.root, self._parts = root, {}
+        self.root, self._parts, self._differing = root, {}, {}
         with os.scandir(root) if root.is_dir() else nullcontext(()) as found:
             there = [(entry.stat().st_mtime, entry.name) for entry in found if entry.name[0] != "."]
         self._names = [name for _, name in sorted(there, reverse=True)]
@@ -510,8 +516,21 @@ class _There:
             part = {name: self.shared(value) for name, value in part.items()}
             key = tuple(part), tuple(map(id, part.values()))
         else:
-            key = json.dumps(part)
+            key = _encode(part)
         return self._parts.setdefault(key, part)
+
+    def differences(self, ours: object, theirs: object, most: int = 100) -> list[tuple[str, object, object]]:
+        "Settings in which two shared configurations differ, at most so many: the name, as `recipe.steps`, and both values."
+        if not (isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()):
+            return [("", ours, theirs)] if ours != theirs else []
+        found = []
+        for name, value in ours.items():
+            if value is not theirs[name] and len(found) < most:
+                pair = id(value), id(theirs[name])  # of parts that many runs have
+                if pair not in self._differing:
+                    self._differing[pair] = self.differences(value, theirs[name])
+                found += ((f"{name}.{below}".rstrip("."), a, b) for below, a, b in self._differing[pair])
+        return found[:most]
 
 
 _LOOKED_AT = 50
@@ -562,16 +581,6 @@ def _read_record(path: Path, modified: int, size: int) -> dict | None:
         isinstance(record[part], dict) for part in ("config", "sources", "files")
     )
     return record if whole else None
-
-
-def _differences(ours: object, theirs: object, name: str = "") -> Iterator[tuple[str, object, object]]:
-    "Settings in which two configurations differ: the name, as `recipe.steps`, and both values."
-    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        for key, value in ours.items():
-            if value is not theirs[key]:
-                yield from _differences(value, theirs[key], f"{name}.{key}".lstrip("."))
-    elif ours != theirs:
-        yield name, ours, theirs
 
 
 def _short(value: object) -> str:

@@ -45,7 +45,7 @@ def table1(
         ours, low, high = interval([_accuracy(value, size.samples) for value in asked])
         about = dict(not_asked=other.mean(), seeds=len(asked), stories=size.samples)
         about |= dict(data="tales (synthetic)" if size.tales else "TinyStories-Instruct")
-        found.append(dict(model=model, rate=names.get(lr, "–"), step=step, ours=ours, low=low, high=high, **about))
+        found.append(dict(model=model, rate=names.get(lr, "–"), step=step, ours=ours, low=max(low, 0.0), high=min(high, 1.0), **about))
     keys = ["model", "rate", "step"]
     given = paper_table1().assign(step=lambda t: [_our_step(size, at) for at in t["at"]])
     given = given.drop_duplicates(keys, keep="last").set_index(keys)["paper"]  # at smoke two of theirs are one of ours
@@ -60,7 +60,7 @@ def _our_step(size: Size, at: int) -> int:
 # %% ../nbs/24_story_claims.ipynb #fca1538b
 def _colours() -> dict[str, tuple]:
     "A colour for each model, in the figures' order."
-    return dict(zip(("Present", *DELETIONS, CONTROL, SHAM), sns.color_palette("colorblind")))
+    return dict(zip(("Present", *DELETIONS, CONTROL), sns.color_palette("colorblind"))) | {SHAM: (0.35, 0.35, 0.35)}
 
 
 def _panels(n: int, title: str) -> tuple[Figure, list]:
