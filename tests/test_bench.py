@@ -115,7 +115,7 @@ TINY = {
     "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
     "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
     "bench_stories": (dict(tokens=8, texts=2, records=600), ["ratios"], ["tokenizers", "transformers"], 4),
-    "bench_sweep": (dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 7),
+    "bench_sweep": (dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 11),
 }
 
 
