@@ -326,10 +326,7 @@ def test_a_write_that_fails_anywhere_leaves_what_was_there(tmp_path, what, once,
     check_results(tmp_path / "results")
 
 
-LONG = {"checkpoints": pytest.mark.slow}  # a minute and more
-
-
-@pytest.mark.parametrize("what", [pytest.param(what, marks=LONG.get(what, ())) for what in faults.ways_of_dying()])
+@pytest.mark.parametrize("what", faults.ways_of_dying())
 def test_a_process_that_ends_anywhere_in_a_write_leaves_what_was_there_and_can_go_on(tmp_path, what):
     outcomes = faults.ways_of_dying()[what](tmp_path)
     assert all(map(all, outcomes.values())), outcomes
@@ -552,12 +549,12 @@ def test_numbers_that_nothing_can_be_done_with_are_named(tmp_path):
 # Load
 
 
-@pytest.mark.parametrize("missing, allowed", [(False, 2), (True, 5)], ids=["all there", "half missing"])
-def test_five_thousand_runs_are_looked_through_in_seconds(tmp_path, missing, allowed):
+@pytest.mark.parametrize("missing", [False, True], ids=["all there", "half missing"])
+def test_five_thousand_runs_are_looked_through_in_two_seconds(tmp_path, missing):
     many = faults.a_store_of(tmp_path, 209, missing)
     assert many >= 5000 and len(list((tmp_path / "runs").glob("*-*"))) == many
     took = faults.apart(faults.seconds_to_look, tmp_path, 209)
-    assert all(cpu < allowed and wall < 20 for wall, cpu in took.values()), took  # other tests run beside this one
+    assert all(cpu < 2 and wall < 10 for wall, cpu in took.values()), took  # other tests run beside this one
     table = sweep.status("smoke", 209, "cpu", str(tmp_path), experiments=[("exp_revival", {})])
     assert table.loc["all", "to train"] == (many // 2 if missing else 0)
     assert table.loc["all", "reused"] == many - table.loc["all", "to train"]

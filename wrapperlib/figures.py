@@ -61,31 +61,10 @@ def revival(
     back = _ways_back(table)
     back = back.assign(rate=back["re_lr"].map(names)).dropna(subset="rate")
     priors = list(back["prior"].dropna().unique())
-    budget = back["step"].max()
+    styles = [names[lr] for lr in rates.values() if names[lr] in set(back["rate"])]
     fig, axes = plt.subplots(1, len(priors), figsize=(4.2 * len(priors) + 1.6, 3.6), sharey=True, squeeze=False)
     for ax, prior in zip(axes[0], priors):
-        sns.lineplot(
-            back[(back["prior"] == prior) | back["prior"].isna()],
-            x="step",
-            y="value",
-            hue="line",
-            style="rate",
-            hue_order=[line for line in _colours(back["line"]) if line in set(back["line"])],
-            palette=_colours(back["line"]),
-            style_order=[names[lr] for lr in rates.values() if names[lr] in set(back["rate"])],
-            errorbar=("pi", 100),
-            ax=ax,
-        )
-        ax.set_xscale("symlog", linthresh=1)
-        _mark_paper(ax, prior, budget)
-        ax.set(
-            xlim=(0, budget),
-            ylim=(-0.03, 1.03),
-            title=_prior_title(prior),
-            xlabel="step of reverse fine-tuning",
-            ylabel="accuracy, counting a (C_Te = 0)",
-        )
-        ax.axhline(0.95, color="0.8", lw=0.8, zorder=0)
+        _way_back(ax, back, prior, styles)
         ax.get_legend().remove()
     handles, labels = axes[0][0].get_legend_handles_labels()
     shown = [(h, {"line": "fine-tuned with", "rate": "way back at"}.get(x, x)) for h, x in zip(handles, labels)]
@@ -94,6 +73,33 @@ def revival(
         f"Reverse fine-tuning: can a be counted again? (scale {scale}, {_seeds(back['seed'].nunique())})", y=1.03
     )
     return fig
+
+
+def _way_back(ax, back: pd.DataFrame, prior: str, styles: list[str]):
+    "A prior's lines and the control's, on a logarithmic axis of steps."
+    budget = back["step"].max()
+    sns.lineplot(
+        back[(back["prior"] == prior) | back["prior"].isna()],
+        x="step",
+        y="value",
+        hue="line",
+        style="rate",
+        hue_order=[line for line in _colours(back["line"]) if line in set(back["line"])],
+        palette=_colours(back["line"]),
+        style_order=styles,
+        errorbar=("pi", 100),
+        ax=ax,
+    )
+    ax.set_xscale("symlog", linthresh=1)
+    _mark_paper(ax, prior, budget)
+    ax.set(
+        xlim=(0, budget),
+        ylim=(-0.03, 1.03),
+        title=_prior_title(prior),
+        xlabel="step of reverse fine-tuning",
+        ylabel="accuracy, counting a (C_Te = 0)",
+    )
+    ax.axhline(0.95, color="0.8", lw=0.8, zorder=0)
 
 
 def _seeds(n: int) -> str:

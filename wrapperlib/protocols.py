@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAST', 'SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'TASKS', 'LENGTHS', 'PARAMETERS', 'rate_names',
-           'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'pretraining', 'scratch', 'fine_tuning',
-           'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says', 'estimate', 'seconds_of',
-           'kind', 'pace', 'carry_out', 'rate_name', 'rates_of', 'share_list', 'task_family', 'prior_list',
-           'results_folder']
+           'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'pretraining', 'first_steps', 'scratch',
+           'fine_tuning', 'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says',
+           'estimate', 'seconds_of', 'kind', 'pace', 'carry_out', 'rate_name', 'rates_of', 'share_list', 'task_family',
+           'prior_list', 'results_folder']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
 import itertools
@@ -114,6 +114,11 @@ def scales_table() -> pd.DataFrame:
 O_PT, O_FT = "a", "b"  # operand of the pretraining capability, operand of the fine-tuning task
 
 
+# Parts that many runs have in common are one object each: what is said of them is worked out once. 1 and 1.0 are two, as in an address.
+_shared = lru_cache(None, typed=True)
+
+
+@_shared
 def measure(
     scale: Scale,  # domain and number of samples
     metric: str,  # acc_opt or acc_oft: which operand is asked for
@@ -125,7 +130,12 @@ def measure(
     allowed = "one whose strings have enough of a third letter to be exchanged for the operands"
     check(not wrong, "grammar", f"one by which {wrong:.0%} of edited strings are not as asked", allowed)
     operand = dict(acc_opt=O_PT, acc_oft=O_FT)[metric]
-    return Measure(metric, Edited(scale.domain, operand, c_te, O_PT, O_FT, family), c_te, scale.samples)
+    return Measure(metric, _edited(scale, operand, c_te, family), c_te, scale.samples)
+
+
+@_shared
+def _edited(scale: Scale, operand: str, c: float, family: str) -> Edited:
+    return Edited(scale.domain, operand, c, O_PT, O_FT, family)
 
 
 @lru_cache
@@ -156,12 +166,8 @@ def pretraining(
 ) -> Run:
     "From scratch on all five task families. App. C.2."
     name = prior if isinstance(prior, str) else "/".join(f"{p:g}" for p in prior)
-    stream = Natural(scale.domain, PRIORS.get(prior, prior))
-    if scale.first_share:
-        until = max(1, round(scale.first_share * scale.pretraining.steps))
-        stream = Curriculum(replace(stream, families=scale.first), until, stream)
     return Run(
-        stream,
+        _natural(scale, prior),
         scale.pretraining,
         scale.shape,
         seed,
@@ -170,12 +176,28 @@ def pretraining(
     )
 
 
+@_shared
+def _natural(scale: Scale, prior: str | tuple[float, ...]) -> Natural | Curriculum:
+    stream = Natural(scale.domain, PRIORS.get(prior, prior))
+    if not scale.first_share:
+        return stream
+    return Curriculum(replace(stream, families=scale.first), first_steps(scale, scale.pretraining.steps), stream)
+
+
+def first_steps(
+    scale: Scale,  # has the share
+    steps: int,  # of a pretraining
+) -> int:
+    "For how many steps pretraining asks for the first families alone, where it has such a stage."
+    return max(1, round(scale.first_share * steps))
+
+
 def scratch(
     scale: Scale,  # which numbers
     seed: int = 0,  # of weights and strings
 ) -> Run:
     "The control's pretraining: all five task families, but never asked for `a`. Sec. 5.1."
-    only_b = one_task(scale.domain, "C", O_FT).prior
+    only_b = _one_task(scale, "C", O_FT).prior
     return replace(pretraining(scale, only_b, seed), name=f"pretraining without a, seed {seed}")
 
 # %% ../nbs/10_protocols.ipynb #846201e4
@@ -184,9 +206,15 @@ _AFTER = (
 )
 
 
+@_shared
 def _tuned(scale: Scale, rate: str) -> Recipe:
     check(rate in scale.rates, "rate", rate, "one of " + ", ".join(scale.rates))
     return replace(scale.fine_tuning, lr=scale.rates[rate])
+
+
+@_shared
+def _one_task(scale: Scale, family: str, operand: str) -> Natural:
+    return one_task(scale.domain, family, operand)
 
 
 _OF = dict(C="", I="index ")  # what a run's name says of its family
@@ -201,7 +229,7 @@ def fine_tuning(
 ) -> Run:
     "Supervised on the answer to `count b` or `index of b`, on edited strings. App. C.2."
     return Run(
-        Edited(scale.domain, O_FT, c_tr, O_PT, O_FT, family),
+        _edited(scale, O_FT, c_tr, family),
         _tuned(scale, rate),
         scale.shape,
         start.seed,
@@ -220,7 +248,7 @@ def reverse(
 ) -> Run:
     "Supervised on the answer to `count a` or `index of a`, on natural strings: reFT and Scr.+FT alike. Sec. 5, App. D."
     return Run(
-        one_task(scale.domain, family, O_PT),
+        _one_task(scale, family, O_PT),
         _tuned(scale, rate),
         scale.shape,
         start.seed,

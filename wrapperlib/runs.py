@@ -490,7 +490,7 @@ class _There:
     "The records in a store, read when they are first asked for. Parts of configurations that are equal are one object."
 
     def __init__(self, root: Path):
-        self.root, self._parts, self._differing = root, {}, {}
+        self.root, self._parts, self._seen, self._differing = root, {}, {}, {}
         with os.scandir(root) if root.is_dir() else nullcontext(()) as found:
             there = [(entry.stat().st_mtime, entry.name) for entry in found if entry.name[0] != "."]
         self._names = [name for _, name in sorted(there, reverse=True)]
@@ -512,12 +512,13 @@ class _There:
 
     def shared(self, part: object) -> object:
         "The same, and the very same wherever it occurs again."
-        if isinstance(part, dict):
-            part = {name: self.shared(value) for name, value in part.items()}
-            key = tuple(part), tuple(map(id, part.values()))
-        else:
-            key = _encode(part)
-        return self._parts.setdefault(key, part)
+        if not isinstance(part, dict):
+            return self._parts.setdefault(_encode(part), part)
+        if id(part) not in self._seen:  # runs of a plan have most of their parts in common
+            same = {name: self.shared(value) for name, value in part.items()}
+            key = tuple(same), tuple(map(id, same.values()))
+            self._seen[id(part)] = self._parts.setdefault(key, same), part  # the part is kept, for its number to stay its own
+        return self._seen[id(part)][0]
 
     def differences(self, ours: object, theirs: object, most: int = 100) -> list[tuple[str, object, object]]:
         "Settings in which two shared configurations differ, at most so many: the name, as `recipe.steps`, and both values."
@@ -529,8 +530,9 @@ class _There:
                 pair = id(value), id(theirs[name])  # of parts that many runs have
                 if pair not in self._differing:
                     self._differing[pair] = self.differences(value, theirs[name])
-                found += ((f"{name}.{below}".rstrip("."), a, b) for below, a, b in self._differing[pair])
-        return found[:most]
+                under = self._differing[pair][: most - len(found)]
+                found += [(f"{name}.{below}".rstrip("."), a, b) for below, a, b in under]
+        return found
 
 
 _LOOKED_AT = 50

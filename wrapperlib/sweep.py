@@ -46,6 +46,7 @@ from wrapperlib.protocols import (
     SCALES,
     carry_out,
     fine_tuning,
+    first_steps,
     kind,
     pace,
     prior_list,
@@ -460,8 +461,7 @@ def one_run(
     for name, value in settings.items():
         run = _with(run, name, value)
     if "recipe.steps" in settings and isinstance(run.stream, Curriculum):  # its first stage is a share of all steps
-        until = round(scale.first_share * run.recipe.steps)
-        run = replace(run, stream=replace(run.stream, until=until))
+        run = replace(run, stream=replace(run.stream, until=first_steps(scale, run.recipe.steps)))
     return run
 
 
