@@ -156,7 +156,46 @@ def test_bad_files_and_texts_are_refused(tmp_path, programs):
 def test_the_last_block_at_one_place_is_the_same(programs):
     for model in programs.values():
         ids = torch.from_numpy(np.random.default_rng(0).integers(0, len(model.about["tokens"]), (5, model.context)))
-        torch.testing.assert_close(model(ids, last=True), model(ids)[:, ANSWER], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, last=True), model(ids)[:, ANSWER], rtol=1e-5, atol=1e-5)
+
+
+def with_gradients(model, ids, last):
+    model.zero_grad()
+    logits = model(ids, last=True) if last else model(ids)[:, ANSWER]
+    torch.nn.functional.cross_entropy(logits, torch.arange(len(ids))).backward()
+    return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("heads, causal", [(1, False), (7, False), (1, True), (7, True)])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_stream_that_is_not_written_gives_the_same_answers_and_gradients(name, heads, causal, monkeypatch):
+    "Trained at the answer's place, the residual stream is never added up: the same sums in another order."
+    weights = load_weights(name)
+    model = Compiled(compiled.Weights(weights.tensors, weights.about | dict(heads=heads, causal=causal))).double()
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():  # all places are of use, no head sees one place alone
+            p.mul_(0.1).add_(0.05 * torch.randn(p.shape, generator=chance))
+    ids = torch.randint(0, len(weights.about["tokens"]), (8, model.context), generator=chance)
+    called = []
+    monkeypatch.setattr(Compiled, "_answers", lambda m, ids, of=Compiled._answers: called.append(m) or of(m, ids))
+    with change(model, {"blocks.0.neurons": lambda x: x}):
+        with_gradients(model, ids, last=True)
+    assert not called  # a site that is looked at is there
+    apart, written = with_gradients(model, ids, last=True), with_gradients(model, ids, last=False)
+    assert called == [model]
+    for what, x in written.items():
+        torch.testing.assert_close(apart[what], x, rtol=1e-8, atol=1e-12)
+
+
+def test_a_long_program_writes_its_stream():
+    "What many blocks said is wider than the stream."
+    weights = load_weights("max")
+    first = {name: x for name, x in weights.tensors.items() if name.startswith("blocks.0.")}
+    more = {name.replace(".0.", f".{i}."): x for i in (3, 4) for name, x in first.items()}
+    model = Compiled(compiled.Weights(weights.tensors | more, weights.about))
+    assert Compiled(weights)._narrow and not model._narrow
 
 
 def test_sites_can_be_read_and_changed(programs):

@@ -20,13 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .checks import BadInput, check
-from .model import Linear, Site
+from .model import Linear, Site, linear
 from .runs import versions, write_whole
 
 # %% ../nbs/07_compiled.ipynb #e20bd063
@@ -246,14 +247,22 @@ class CompiledAttention(nn.Module):
 
     def forward(self, x: Tensor, asking: Tensor) -> Tensor:
         "What the heads write at the places `asking` of the stream `x`, shapes (n, …, width)."
-        q, k, v = self.query(asking), self.key(x), self.value(x)
+        return self.out(self.mix(self.query(asking), self.key(x), self.value(x)))
+
+    def mix(
+        self,
+        q: Tensor,  # queries, shape (n, asking, size)
+        k: Tensor,  # keys, shape (n, t, size)
+        v: Tensor,  # values, shape (n, t, size)
+    ) -> Tensor:
+        "The values as the heads weigh them, shape (n, asking, size)."
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (n, heads, t, size/heads)
         score = (q @ k.mT) / math.sqrt(q.shape[-1])  # (n, heads, asking, t)
         if self.causal:
-            t = x.shape[1]
-            seen = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
-            score = score.masked_fill(~(seen if asking.shape[1] == t else seen[ANSWER : ANSWER + 1]), -math.inf)
-        return self.out((self.weights(score.softmax(-1)) @ v).transpose(1, 2).flatten(2))
+            t = k.shape[2]
+            seen = torch.ones(t, t, dtype=torch.bool, device=k.device).tril()
+            score = score.masked_fill(~(seen if q.shape[2] == t else seen[ANSWER : ANSWER + 1]), -math.inf)
+        return (self.weights(score.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
 
 class CompiledBlock(nn.Module):
@@ -270,6 +279,54 @@ class CompiledBlock(nn.Module):
         asking = x[:, ANSWER : ANSWER + 1] if last else x
         x = asking + self.attention_out(self.attention(x, asking))
         return self.residual(x + self.down(self.neurons(self.up(x).relu())))
+
+
+class _Unwritten:
+    """A residual stream that is never added up: who reads a channel reads what was written, through both matrices at once.
+
+    Embeddings are read as a table, one row for each letter at each place; all else is kept as `said`, with the matrices that would write it.
+    """
+
+    def __init__(self, ids: Tensor, model: "Compiled"):
+        self.ids, t = ids, ids.shape[1]
+        self.token, self.position = model.token.weight, model.position.weight[:t]  # all biases go to the places
+        self.rows = ids + len(self.token) * torch.arange(t, device=ids.device)
+        self.said = self.through = None  # shapes (n, t, said), (width, said)
+
+    def write(self, x: Tensor, layer: nn.Linear) -> None:
+        "What `layer` would write of `x`, shape (n, t, its inputs)."
+        first = self.said is None
+        self.said = x if first else torch.cat([self.said, x], -1)
+        self.through = layer.weight if first else torch.cat([self.through, layer.weight], 1)
+        self.position = self.position + layer.bias
+
+    def read(self, *layers: nn.Linear) -> Tensor:
+        "What the layers make of the stream, side by side: shape (n, t, all their outputs)."
+        weight, bias = torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers])
+        table = (self.position @ weight.T + bias)[:, None] + self.token @ weight.T  # (t, letters, outputs)
+        found = F.embedding(self.rows, table.flatten(0, 1))
+        return found if self.said is None else found.add_(linear(self.said, weight @ self.through))
+
+    def at(self, place: int) -> Tensor:
+        "The stream at one place, shape (n, width)."
+        return self.token[self.ids[:, place]] + self.position[place] + self.said[:, place] @ self.through.T
+
+    def seen(self, by: CompiledAttention, x: Tensor) -> Tensor:
+        "What a head mixes for the answer, whose stream is `x`: keys and values need not be made for one who asks. Shape (n, size)."
+        heads = by.heads
+        q = by.query(x).unflatten(-1, (heads, -1))
+        q = q / math.sqrt(q.shape[-1])  # (n, heads, size/heads)
+        asked = torch.einsum("nhs,hsw->nhw", q, by.key.weight.unflatten(0, (heads, -1)))  # of the stream's channels
+        letters = self.ids[:, None].expand(-1, heads, -1)
+        score = (asked @ self.token.T).gather(-1, letters) + asked @ self.position.T  # (n, heads, t)
+        score = score + (asked @ self.through) @ self.said.mT + (q * by.key.bias.view(heads, -1)).sum(-1, keepdim=True)
+        if by.causal:
+            score = score.masked_fill(torch.arange(score.shape[-1], device=x.device) > ANSWER, -math.inf)
+        weights = score.softmax(-1)
+        of_letters = weights.new_zeros(*weights.shape[:2], len(self.token)).scatter_add(-1, letters, weights)
+        mean = (weights @ self.said) @ self.through.T + weights @ self.position + of_letters @ self.token
+        value = by.value.weight.unflatten(0, (heads, -1))
+        return torch.einsum("nhw,hsw->nhs", mean, value).flatten(1) + by.value.bias
 
 
 class Compiled(nn.Module):
@@ -289,6 +346,7 @@ class Compiled(nn.Module):
         size, hidden = w["blocks.0.attention.query.weight"].shape[0], w["blocks.0.up.weight"].shape[0]
         shape = width, size, hidden, about["heads"], about["causal"]
         self.blocks = nn.ModuleList(CompiledBlock(*shape) for _ in range(weights.blocks))
+        self._narrow = 0 < (weights.blocks - 1) * (size + hidden) <= 2 * width  # what blocks say, beside the stream
         # not a parameter, so not in a checkpoint either: it follows from the labels
         self.register_buffer("channels", torch.tensor(about["channels"]), persistent=False)
         self.load_state_dict(w)
@@ -299,11 +357,27 @@ class Compiled(nn.Module):
         last: bool = False,  # only the answer's logits are wanted
     ) -> Tensor:
         "What stands in the answers' channels: shape (n, t, answers), or (n, answers) at the second letter if `last`."
+        if last and self._narrow and torch.is_grad_enabled() and not self._looked_at():
+            return self._answers(ids)
         x = self.embed(self.token(ids) + self.position.weight[: ids.shape[1]])
         for block in self.blocks[:-1]:
             x = block(x)
         logits = self.blocks[-1](x, last).index_select(-1, self.channels)
         return logits[:, 0] if last else logits
+
+    def _looked_at(self) -> bool:
+        return any(module._forward_hooks for module in self.modules() if isinstance(module, Site))
+
+    def _answers(self, ids: Tensor) -> Tensor:
+        "The answer's logits without writing the stream at any other place, shape (n, answers)."
+        stream, (*early, last) = _Unwritten(ids, self), self.blocks
+        for block in early:
+            by = block.attention
+            stream.write(by.mix(*stream.read(by.query, by.key, by.value).chunk(3, -1)), by.out)
+            stream.write(stream.read(block.up).relu(), block.down)
+        x = stream.at(ANSWER)
+        x = x + last.attention.out(stream.seen(last.attention, x))
+        return (x + last.down(last.up(x).relu())).index_select(-1, self.channels)
 
     def encode(
         self,

@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'FILES', 'Run', 'describe', 'source_digests', 'sources_of'
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
 import csv
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -953,7 +954,19 @@ _BEGUN, _STOP = 0, 1  # places of the flags
 _WORTH_MEASURING = 5000  # steps to train; below, measuring takes longer than it saves
 
 
+_MMAP_FROM, _TRIM_FROM, _AHEAD = -3, -1, -2  # what glibc's mallopt calls M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def _keep_memory() -> None:
+    "Have what a step frees kept for the next one; otherwise the system takes it back and gives it again page by page."
+    with suppress(AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        for what, size in ((_MMAP_FROM, 2**25), (_TRIM_FROM, 2**30), (_AHEAD, 2**26)):
+            mallopt(what, size)
+
+
 def _begin_worker(steps, flags, parent):
+    _keep_memory()
     # Ctrl-C reaches all of a terminal's processes; the parent says what to do
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
