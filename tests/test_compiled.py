@@ -16,10 +16,10 @@ from wrapperlib import compiled, compiled_runs, letters
 from wrapperlib.checks import BadInput
 from wrapperlib.compiled import ANSWER, BOS, PAD, SHIPPED, Compiled, Program, load_weights, weight_label
 from wrapperlib.letters import TASKS, Letters
-from wrapperlib.model import change, read, site_names
+from wrapperlib.model import Linear, change, read, site_names
 from wrapperlib.pruning import scores
 from wrapperlib.runs import Store, address, source_digests, train_run
-from wrapperlib.training import accuracy
+from wrapperlib.training import Stack, accuracy
 
 ALPHABET = [chr(ord("a") + i) for i in range(26)]
 PROGRAMS = dict(
@@ -151,6 +151,8 @@ def test_bad_files_and_texts_are_refused(tmp_path, programs):
     for text, says in (("abz", "letter is 'z'"), (48 * "a", "48 letters long"), ("a", "1 letters long")):
         with pytest.raises(BadInput, match=says):
             programs["counter"].answer(text)
+    with pytest.raises(BadInput, match=r"texts is '?\[2, 3\] letters long"):
+        programs["counter"].encode(["ab", "abc"])
 
 
 def test_the_last_block_at_one_place_is_the_same(programs):
@@ -180,13 +182,116 @@ def test_a_stream_that_is_not_written_gives_the_same_answers_and_gradients(name,
     ids = torch.randint(0, len(weights.about["tokens"]), (8, model.context), generator=chance)
     called = []
     monkeypatch.setattr(Compiled, "_answers", lambda m, ids, of=Compiled._answers: called.append(m) or of(m, ids))
-    with change(model, {"blocks.0.neurons": lambda x: x}):
-        with_gradients(model, ids, last=True)
-    assert not called  # a site that is looked at is there
     apart, written = with_gradients(model, ids, last=True), with_gradients(model, ids, last=False)
     assert called == [model]
     for what, x in written.items():
         torch.testing.assert_close(apart[what], x, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, loose", [("counter", 2e-3), ("max", 1e-5)])
+def test_and_nearly_so_in_float32_at_the_programs_own_weights(name, loose):
+    "Counter's steps of 10,000 cancel to zeros and ones; short texts, too."
+    model = Program(name, 1e-4).model()
+    for places in (model.context, 12):
+        ids = torch.from_numpy(Letters(name, "opt").batch(64, 0, 0))[:, :places]
+        logits = model(ids, last=True)
+        assert logits.requires_grad
+        torch.testing.assert_close(logits, model(ids)[:, ANSWER], rtol=0, atol=loose)
+
+
+def test_programs_stacked_into_one_answer_and_learn_as_each_alone():
+    run = compiled_runs.fine_tuning(compiled_runs.SIZES["smoke"], "max", 0.0)
+    models = [Program("max", 1e-2).model(seed).double() for seed in (0, 1)]
+    ids = torch.stack([torch.from_numpy(run.stream.batch(8, 0, step)) for step in (0, 1)])
+    alone = [Stack([model]) for model in models]
+    losses = [stack.losses(ids[k][None], run.recipe)[0] for k, stack in enumerate(alone)]
+    for loss in losses:
+        loss.backward()
+    both = Stack(models)
+    found = both.losses(ids, run.recipe)
+    found.sum().backward()
+    torch.testing.assert_close(found, torch.stack(losses))
+    for name, p in both.parameters.items():
+        for k, stack in enumerate(alone):
+            torch.testing.assert_close(p.grad[k], stack.parameters[name].grad, rtol=1e-6, atol=1e-10)
+
+
+def hook_into_a_site(model):
+    model.blocks[0].neurons.register_forward_hook(lambda m, x, y: 0 * y)
+
+
+def hook_before_a_layer(model):
+    model.blocks[1].up.register_forward_pre_hook(lambda m, x: (0 * x[0],))
+
+
+def hook_into_a_block(model):
+    model.blocks[0].register_forward_hook(lambda m, x, y: 0 * y)
+
+
+def a_layer_of_ones_own(model):
+    class Nothing(Linear):
+        def forward(self, x):
+            return 0 * super().forward(x)
+
+    layer = Nothing(*model.blocks[1].up.weight.T.shape)
+    layer.load_state_dict(model.blocks[1].up.state_dict())
+    model.blocks[1].up = layer
+
+
+@pytest.mark.parametrize("meddle", [hook_into_a_site, hook_before_a_layer, hook_into_a_block, a_layer_of_ones_own])
+def test_what_is_hooked_or_replaced_is_felt_with_gradients_too(meddle):
+    model = Compiled(load_weights("counter"))
+    ids = torch.from_numpy(Letters("counter", "opt").batch(8, 0, 0))[:, :-2]
+    before = model(ids, last=True)
+    meddle(model)
+    after = model(ids, last=True)
+    assert after.requires_grad and not torch.allclose(after, before, atol=1e-2)
+    torch.testing.assert_close(after, model(ids)[:, ANSWER])
+
+
+def test_numbers_that_cancel_are_never_rounded_to_bfloat16(programs):
+    model, ids = programs["counter"], torch.from_numpy(Letters("counter", "opt").batch(8, 0, 0))[:, :-2]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, last=True), model(ids)
+    assert all(torch.equal(a, b) for a, b in zip(rounded, (model(ids, last=True), model(ids))))
+
+
+def test_a_program_whose_file_was_exchanged_is_refused(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(SHIPPED["counter"].read_bytes())
+    mine = Program(str(path))
+    path.write_bytes(SHIPPED["max"].read_bytes())
+    with pytest.raises(BadInput, match="another file than before"):
+        mine.model()
+    assert Program(str(path)).weights == Program("max").weights != mine.weights
+
+
+@pytest.mark.parametrize(
+    "about, says",
+    [
+        (dict(heads=2), "2 heads for 49 keys"),
+        (dict(heads=0), "0 heads"),
+        (dict(causal="no"), "causal 'no'"),
+        (dict(channels=[1, 2, 3]), "a channel of the stream for each answer"),
+        (dict(channels=[500] * 48), "a channel of the stream for each answer"),
+        (dict(tokens=[*"abcdefghi", BOS, "x"]), f"without {BOS} or {PAD}"),
+        (dict(tokens=list(range(11))), "tokens that are no words"),
+        (dict(residual=["a"] * 158), "residual that are no words, or twice the same"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(tmp_path, about, says):
+    weights, path = load_weights("counter"), tmp_path / "odd.safetensors"
+    compiled.save_weights(path, compiled.Weights(weights.tensors, weights.about | about))
+    with pytest.raises(BadInput, match=says):
+        load_weights(path)
+
+
+def test_matrices_that_do_not_fit_together_are_refused(tmp_path):
+    weights, path = load_weights("counter"), tmp_path / "odd.safetensors"
+    odd = weights.tensors | {"blocks.2.up.weight": torch.ones(95, 158)}
+    compiled.save_weights(path, compiled.Weights(odd, weights.about))
+    with pytest.raises(BadInput, match=r"blocks.2.up.weight of shape \[95, 158\].; allowed: shape \[96, 158\]"):
+        load_weights(path)
 
 
 def test_a_long_program_writes_its_stream():

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,10 +100,12 @@ def compiled_weights(
     program,  # a RASP program with categorical output, e.g. `counter()`
     vocabulary: Iterable[str],  # its letters
     length: int,  # most letters in a text
-    causal: bool = False,  # whether a position sees only what is before it
+    causal: bool = False,  # whether a place sees only itself and what is before it; the second letter, which answers, then sees two
 ) -> Weights:
     "Compile a program and convert the result by its labels. Needs `tracr`; raises `BadInput` for a program with numerical output."
     compiling, vocabulary = _tracr().compiling, set(vocabulary)
+    letters = all(isinstance(x, str) and len(x) == 1 and x != "#" for x in vocabulary)
+    check(letters and vocabulary, "vocabulary", sorted(map(str, vocabulary)), "single letters, but not #, which is padding")
     check(length >= 2, "length", length, "whole numbers from 2, for the answer stands at the second letter")
     made = compiling.compile_rasp_to_model(program, vocabulary, length, causal, BOS, PAD)
     encoder = made.output_encoder
@@ -196,6 +197,14 @@ def _check_announced(shapes: dict, about: dict, size: int, program: str | Path) 
     check(same, "weight file", f"{program} with {len(shapes)} matrices of other names", allowed)
     lists = all(isinstance(about[key], list) for key in ("residual", "tokens", "answers", "channels"))
     check(lists and isinstance(about["length"], int), "weight file", f"{program} with labels that are none", allowed)
+    for key in ("residual", "tokens", "answers"):
+        texts = all(isinstance(x, str) for x in about[key]) and len(set(about[key])) == len(about[key])
+        check(texts, "weight file", f"{program} with {key} that are no words, or twice the same", allowed)
+    check({BOS, PAD} <= set(about["tokens"]), "weight file", f"{program} without {BOS} or {PAD} among its tokens", allowed)
+    here = [isinstance(c, int) and 0 <= c < len(about["residual"]) for c in about["channels"]]
+    ok = all(here) and len(here) == len(about["answers"])
+    check(ok, "weight file", f"{program} with channels {about['channels']}", "a channel of the stream for each answer")
+    _check_blocks(shapes, about, blocks, program)
     ends = {"token.weight": len(about["tokens"]), "position.weight": about["length"] + 1}
     for name, rows in ends.items():
         width = len(about["residual"])
@@ -205,6 +214,22 @@ def _check_announced(shapes: dict, about: dict, size: int, program: str | Path) 
             f"{program} with {name} of shape {shapes[name]} and {width} labels",
             f"as many labels as channels: shape {[rows, width]}",
         )
+
+
+def _check_blocks(shapes: dict, about: dict, blocks: int, program: str | Path) -> None:
+    "Whether all blocks have the first one's sizes, and the heads share them out."
+    width, heads = len(about["residual"]), about["heads"]
+    size, hidden = ((shapes[f"blocks.0.{layer}.weight"] or [0])[0] for layer in ("attention.query", "up"))
+    ok = isinstance(heads, int) and heads >= 1 and size % heads == 0
+    check(ok, "weight file", f"{program} with {heads!r} heads for {size} keys", "heads that share them out evenly")
+    of = {f"attention.{x}": [size, width] for x in ("query", "key", "value")} | {"up": [hidden, width]}
+    of |= {"attention.out": [width, size], "down": [width, hidden]}
+    for i in range(blocks):
+        for layer, shape in of.items():
+            for kind, wanted in (("weight", shape), ("bias", shape[:1])):
+                name = f"blocks.{i}.{layer}.{kind}"
+                check(shapes[name] == wanted, "weight file", f"{program} with {name} of shape {shapes[name]}", f"shape {wanted}")
+    check(isinstance(about["causal"], bool), "weight file", f"{program} with causal {about['causal']!r}", "true or false")
 
 
 def _parse(data: bytes, program: str | Path) -> Weights:
@@ -329,6 +354,9 @@ class _Unwritten:
         return torch.einsum("nhw,hsw->nhs", mean, value).flatten(1) + by.value.bias
 
 
+_PARTS = {CompiledBlock, CompiledAttention, Linear, Site, nn.Embedding, nn.ModuleList}
+
+
 class Compiled(nn.Module):
     "A compiled program as a torch model, with the sites of the GPT: embed, blocks.i.attention, attention_out, neurons, residual."
 
@@ -346,7 +374,8 @@ class Compiled(nn.Module):
         size, hidden = w["blocks.0.attention.query.weight"].shape[0], w["blocks.0.up.weight"].shape[0]
         shape = width, size, hidden, about["heads"], about["causal"]
         self.blocks = nn.ModuleList(CompiledBlock(*shape) for _ in range(weights.blocks))
-        self._narrow = 0 < (weights.blocks - 1) * (size + hidden) <= 2 * width  # what blocks say, beside the stream
+        # where what the blocks say is wider than this, to write it into the stream once costs less than to read it apart
+        self._narrow = 0 < (weights.blocks - 1) * (size + hidden) <= 2 * width
         # not a parameter, so not in a checkpoint either: it follows from the labels
         self.register_buffer("channels", torch.tensor(about["channels"]), persistent=False)
         self.load_state_dict(w)
@@ -357,16 +386,23 @@ class Compiled(nn.Module):
         last: bool = False,  # only the answer's logits are wanted
     ) -> Tensor:
         "What stands in the answers' channels: shape (n, t, answers), or (n, answers) at the second letter if `last`."
-        if last and self._narrow and torch.is_grad_enabled() and not self._looked_at():
-            return self._answers(ids)
+        with torch.autocast(ids.device.type, enabled=False):  # numbers of ten thousand cancel, which bfloat16 has no room for
+            return self._answers(ids) if last and torch.is_grad_enabled() and self._alone() else self._logits(ids, last)
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
         x = self.embed(self.token(ids) + self.position.weight[: ids.shape[1]])
         for block in self.blocks[:-1]:
             x = block(x)
         logits = self.blocks[-1](x, last).index_select(-1, self.channels)
         return logits[:, 0] if last else logits
 
-    def _looked_at(self) -> bool:
-        return any(module._forward_hooks for module in self.modules() if isinstance(module, Site))
+    def _alone(self) -> bool:
+        "Whether nobody would miss the stream, or a layer's own forward: no hook anywhere, no layer of another kind in the place of one."
+        parts = [module for module in self.modules() if module is not self]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return self._narrow and all(
+            type(module) in _PARTS and not any(getattr(module, kind) for kind in hooks) for module in parts
+        )
 
     def _answers(self, ids: Tensor) -> Tensor:
         "The answer's logits without writing the stream at any other place, shape (n, answers)."
@@ -383,8 +419,11 @@ class Compiled(nn.Module):
         self,
         texts: Iterable[str],  # of one length
     ) -> Tensor:
-        "Token ids, shape (n, t), BOS first; `#` is padding. Raises `BadInput` for unknown letters and texts too long or too short."
-        return torch.tensor([_encode(text, self.about) for text in texts])
+        "Token ids, shape (n, t), BOS first; `#` is padding. Raises `BadInput` for unknown letters and texts too long, too short or of several lengths."
+        rows = [_encode(text, self.about) for text in texts]
+        lengths = sorted({len(row) - 1 for row in rows})
+        check(len(lengths) == 1, "texts", f"{lengths} letters long", "texts of one length; # fills up")
+        return torch.tensor(rows)
 
     @torch.no_grad()
     def answer(
@@ -392,7 +431,8 @@ class Compiled(nn.Module):
         text: str,  # e.g. "abcab"
     ) -> str:
         "The program's answer for a text, read at its second letter."
-        return self.about["answers"][self(self.encode([text]), last=True).argmax(-1).item()]
+        ids = self.encode([text]).to(self.channels.device)
+        return self.about["answers"][self(ids, last=True).argmax(-1).item()]
 
 
 def _encode(text: str, about: dict) -> list[int]:
@@ -423,16 +463,15 @@ def weight_label(
 
 
 def _inside(weights: Weights, matrix: str, place: int) -> str:
-    "A place inside a head, or a neuron, with the residual channel it is compiled to read (keys, values, neurons' inputs) most from."
+    "A place inside a head, with the residual channel it is compiled to read (keys, values) most from; a neuron, with the one it writes most to."
     kind = matrix.split(".")[-2]
-    reads = matrix.replace(f"{kind}.weight", dict(query="key", out="value", down="up").get(kind, kind) + ".weight")
-    row = weights.tensors[reads][place]
+    meant = matrix.replace(f"{kind}.weight", dict(query="key", out="value", up="down").get(kind, kind) + ".weight")
+    row = weights.tensors[meant][:, place] if kind in ("up", "down") else weights.tensors[meant][place]
     return f"{place} ({weights.about['residual'][row.abs().argmax()]})" if row.any() else str(place)
 
 # %% ../nbs/07_compiled.ipynb #67cdd4f4
-@lru_cache(maxsize=16)
-def _digest_of(program: str) -> str:
-    return hashlib.sha256(_bytes_of(program)).hexdigest()[:16]
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -445,14 +484,16 @@ class Program:
 
     def __post_init__(self):
         check(0 <= self.noise < math.inf, "noise", self.noise, "numbers from 0")
-        object.__setattr__(self, "weights", _digest_of(self.name))
+        object.__setattr__(self, "weights", _digest(_bytes_of(self.name)))
 
     def model(
         self,
         seed: int = 0,  # of the noise
     ) -> Compiled:
-        "The compiled model with this seed's noise."
-        model, chance = Compiled(load_weights(self.name)), torch.Generator().manual_seed(seed)
+        "The compiled model with this seed's noise. Raises `BadInput` if the file is not what it was when this was made."
+        data = _bytes_of(self.name)
+        check(_digest(data) == self.weights, "program", f"{self.name}, another file than before", "the one it was made with")
+        model, chance = Compiled(_parse(data, self.name)), torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters() if self.noise else ():
                 p.add_(self.noise * torch.randn(p.shape, generator=chance))

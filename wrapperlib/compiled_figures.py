@@ -59,19 +59,19 @@ def _in_a_row(n: int, width: float, height: float = 3, title: str = ""):
 
 
 def attention(
-    maps: dict[str, np.ndarray],  # title → weights, rows attend: shape (letters, letters)
+    maps: dict[str, np.ndarray],  # title → weights, rows attend, BOS attended first: shape (letters, 1 + letters)
     text: str,  # the letters
     title: str,  # of the figure
     columns: int = 5,  # panels in a row
 ) -> Figure:
-    "Attention maps side by side. Figs. 10, 39–45, 48–52."
+    "Attention maps side by side; ^ is BOS. Figs. 10, 39–45, 48–52."
     fig, axes = _panels(len(maps), min(columns, len(maps)), 2.4, 2.5)
     for ax, (name, weights) in zip(axes, maps.items()):
         image = ax.imshow(weights, vmin=0, vmax=MOST, cmap="viridis", interpolation="nearest")
-        _spelled(ax, text, "x")
+        _spelled(ax, "^" + text, "x")
         _spelled(ax, text, "y")
         ax.set_title(name, fontsize=9)
-    fig.supxlabel("token attended", fontsize=9)
+    fig.supxlabel("token attended, ^ is BOS", fontsize=9)
     fig.supylabel("attending token", fontsize=9)
     fig.colorbar(image, ax=axes[: len(maps)], shrink=0.7, pad=0.01, extend="max")
     fig.suptitle(title, fontsize=11)
@@ -105,10 +105,17 @@ _BARS = {
 _BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
 
 
+def _guessed(axes, accuracy: float):
+    "A thin line at what giving the most frequent answer always would come to."
+    for ax in axes:
+        ax.axhline(accuracy, color="0.5", lw=0.7, ls=(0, (6, 4)), zorder=0)
+
+
 def single_weights(
     table: pd.DataFrame,  # as from `compiled_runs.wrapper_results`
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
+    guess: dict[str, float],  # metric → accuracy of the most frequent answer alone
 ) -> Figure:
     "Accuracy with one weight zeroed, C_Te = 0: a row for each label, a panel for each C_Tr. Figs. 55, 56."
     shares, colours = sorted(table["c_tr"].unique()), dict(zip(rates, sns.color_palette("colorblind")))
@@ -132,8 +139,12 @@ def single_weights(
             ax.set_title(f"C_Tr = {share:g}" if metric == "acc_opt" else "")
     for row, metric in zip(axes, _WHOSE):
         row[0].set_ylabel(f"accuracy, {_WHOSE[metric]}")
+        _guessed(row, guess[metric])
     _legend(axes[0][-1], colours, {}, **_BESIDE)
-    fig.supxlabel("weight zeroed: none, each of the top 4, each of 4 random ones, the best of those tried", fontsize=9)
+    fig.supxlabel(
+        "weight zeroed: none, each of the top 4, each of 4 random ones, the best of those tried; dashed: the most frequent answer",
+        fontsize=9,
+    )
     _headline(fig, f"Zeroing a single weight (scale {scale}, {_of_seeds(table)})")
     return fig
 
@@ -143,6 +154,7 @@ def many_weights(
     unit: str,  # weight (Fig. 57) or row (Fig. 58)
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
+    guess: dict[str, float],  # metric → accuracy of the most frequent answer alone
 ) -> Figure:
     "Accuracy over units zeroed together, the top ones and random ones, C_Te = 0: a panel for each C_Tr. Figs. 57, 58."
     table = table[(table["unit"] == unit) & table["way"].isin(["top", "random"])]
@@ -161,9 +173,11 @@ def many_weights(
                     ax.fill_between(low.index, low, high, color=colours[lr], alpha=0.12, lw=0)
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
             ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
+    for row, metric in zip(axes, _WHOSE):
+        _guessed(row, guess[metric])
     kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", ":"))}
     _legend(axes[0][-1], {name: colours[lr] for name, lr in rates.items()}, kinds, **_BESIDE)
-    fig.supxlabel(f"{unit}s zeroed", fontsize=9)
+    fig.supxlabel(f"{unit}s zeroed; dashed: the most frequent answer", fontsize=9)
     _headline(fig, f"Zeroing {unit}s (scale {scale}, {_of_seeds(table)})")
     return fig
 
@@ -175,7 +189,7 @@ def histograms(
     c_tr: float = 1.0,  # share of strings with the correlation
     seed: int = 0,  # whose
 ) -> Figure:
-    "What is answered before and after zeroing the best single weight, on strings as they come. Fig. 59."
+    "What is answered before and after zeroing the best single weight, on strings as they come, and what would be right. Fig. 59."
     here = table[(table["metric"] == "says") & (table["c_tr"] == c_tr) & (table["seed"] == seed)]
     title = f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})"
     fig, axes = _in_a_row(len(rates), 3.1, 3.2, title)
@@ -186,10 +200,12 @@ def histograms(
             (("nothing pruned", some[(some["way"] == "alone") & (some["k"] == 0)]), ("pruned", pruned)), (-0.2, 0.2)
         ):
             ax.bar(rows["answer"] + shift, rows["value"], 0.4, label=label)
+        right = some[some["way"] == "right"].sort_values("answer")
+        ax.plot(right["answer"], right["value"], color="0.2", lw=1, marker=".", ms=4, label="right for O_PT")
         which = pruned["weight"].dropna().unique()
         weight = textwrap.fill(which[0] if len(which) else "", 30)
         ax.set_title(f"{name}\n{weight}", fontsize=8)
-        ax.set(xlabel="answer")
+        ax.set(xlabel="answer", xlim=(-0.8, here["answer"].max() + 0.8))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("share of strings")
     axes[-1].legend(**_BESIDE, frameon=False)
@@ -201,6 +217,7 @@ def revival(
     rates: dict[str, float],  # name → learning rate of the way back
     ft_lr: float,  # of the fine-tuning
     scale: str,  # its name, for the title
+    guess: dict[str, float],  # metric → accuracy of the most frequent answer alone
 ) -> Figure:
     "Accuracy for O_PT on the way back, C_Te = 0: a panel for each rate. Fig. 27."
     back = table[table["protocol"].isin(["reft", "scr_ft"]) & (table["metric"] == "acc_opt") & (table["c_te"] == 0)]
@@ -218,6 +235,7 @@ def revival(
             ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
         ax.set_xscale("symlog", linthresh=1)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
+    _guessed(axes, guess["acc_opt"])
     axes[0].set_ylabel("accuracy, O_PT (C_Te = 0)")
     axes[-1].legend(**_BESIDE, frameon=False)
     return fig
@@ -227,7 +245,7 @@ def beside_paper(
     cells: pd.DataFrame,  # as from `compiled_runs.beside_paper`
     scale: str,  # its name, for the title
 ) -> Figure:
-    "Ours against the paper's, cell by cell of Tables 3 and 4: equal on the diagonal."
+    "Ours against the paper's, cell by cell of Tables 3 and 4: equal on the diagonal. A grey dash is the most frequent answer alone."
     kinds = list(cells.groupby(["table", "task"]))
     title = f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})"
     fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
@@ -236,6 +254,7 @@ def beside_paper(
     for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
         ax.vlines(rows["paper"], rows["low"], rows["high"], color="0.6", lw=0.8, zorder=0)
+        ax.scatter(rows["paper"], rows["guess"], color="0.7", marker="_", zorder=0)
         sns.scatterplot(rows, x="paper", y="ours", **look, ax=ax, legend="full" if ax is axes[-1] else False)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
     sns.move_legend(axes[-1], **_BESIDE, frameon=False)

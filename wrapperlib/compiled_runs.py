@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATES', 'SIZES', 'WAY_BACK', 'AFTER_LARGE', 'Plan', 'NEVER', 'READINGS', 'CELLS', 'HEADERS', 'COUNTS_IN', 'SHOWN',
            'SINGLE', 'TRIED', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'fine_tuning', 'reverse', 'scratch_tuned',
-           'counter_plan', 'max_plan', 'Reading', 'try_reading', 'fit', 'table4', 'impossible', 'beside_paper',
-           'attention_map', 'models', 'prefers', 'Wrapper', 'wrapper_results', 'evidence', 'everything']
+           'counter_plan', 'max_plan', 'Reading', 'try_reading', 'fit', 'table4', 'impossible', 'guessing',
+           'beside_paper', 'attention_map', 'models', 'looks', 'Wrapper', 'wrapper_results', 'evidence', 'everything']
 
 # %% ../nbs/18_compiled_runs.ipynb #81c93442
 import json
@@ -23,7 +23,7 @@ from . import protocols, pruning
 from .analysis import look_at_all
 from .checks import one_of, whole
 from .claims import Claim, OneSeed, Value, _most
-from .compiled import ANSWER, Compiled, Program, load_weights, weight_label
+from .compiled import ANSWER, BOS, Compiled, Program, load_weights, weight_label
 from .letters import TASKS, Letters
 from .model import read
 from .protocols import rates_of, share_list
@@ -275,13 +275,22 @@ def impossible(
     return int((both.sum(axis=1) > 1.0011).sum())
 
 
+def guessing(
+    task: str,  # counter or max
+    size: Size,  # its numbers
+) -> dict[tuple[str, float], float]:
+    "What giving the most frequent answer always would come to on the test strings: (metric, C_Te) → accuracy."
+    rows = {(m.metric, m.c_te): m.samples()[:, -2] for m in _measures(size, task)}
+    return {of: answers.bincount().max().item() / len(answers) for of, answers in rows.items()}
+
+
 def beside_paper(
     table: pd.DataFrame,  # results
-    rates: dict[str, float],  # the size's
+    size: Size,  # their numbers
     at_early: float = 0.1,  # share of the steps at which Table 4's early columns are read
 ) -> pd.DataFrame:
-    "Cells of Tables 3 and 4 beside the paper's: columns table, task, rate, c_tr, c_te, metric, at, ours, low, high, seeds, paper, difference."
-    names = {lr: name for name, lr in rates.items()}
+    "Cells of Tables 3 and 4 beside the paper's and guessing: columns table, task, rate, c_tr, c_te, metric, at, ours, low, high, seeds, guess, paper, difference."
+    rates, names = size.rates, {lr: name for name, lr in size.rates.items()}
     keys = ["task", "rate", "c_tr", "c_te", "metric", "at"]
     tuned = _at(table.query("protocol == 'fine_tuning'"), "ft_lr", {"end": 1.0})
     back = table[(table["protocol"] == "reft") & (table["ft_lr"] == rates["η_M"])]
@@ -293,6 +302,8 @@ def beside_paper(
             continue
         ours = ours.assign(rate=ours["lr"].map(names)).groupby(keys)["value"].agg(["mean", "min", "max", "count"])
         ours = ours.set_axis(["ours", "low", "high", "seeds"], axis=1).reset_index()
+        guess = {task: guessing(task, size) for task in ours["task"].unique()}
+        ours["guess"] = [guess[t][m, c] for t, m, c in zip(ours["task"], ours["metric"], ours["c_te"])]
         found.append(ours.merge(papers[number][[*keys, "paper"]], on=keys, how="left").assign(table=number))
     cells = pd.concat(found, ignore_index=True)
     return cells.assign(difference=cells["ours"] - cells["paper"])[["table", *keys, *cells.columns[6:-1], "difference"]]
@@ -319,9 +330,9 @@ def attention_map(
     text: str,  # what it sees
     block: int = COUNTS_IN,  # whose attention
 ) -> np.ndarray:
-    "Attention weights without BOS, rows attend: shape (letters, letters). Figs. 10, 39–52."
+    "Attention weights, rows attend, BOS the first that is attended to: shape (letters, 1 + letters). Figs. 10, 39–52."
     site = f"blocks.{block}.attention"
-    return read(model, model.encode([text]), [site])[site][0].mean(0)[1:, 1:].numpy()
+    return read(model, model.encode([text]), [site])[site][0].mean(0)[1:].numpy()
 
 
 def models(
@@ -344,16 +355,20 @@ def models(
     return shown
 
 
-def prefers(
+def looks(
     model: Compiled,  # a Counter
     ids: torch.Tensor,  # rows as from `Letters.batch`
-) -> float:
-    "Mean weight on an a / (on an a + on a b), of the second letter in the block that counts."
-    site = f"blocks.{COUNTS_IN}.attention"
-    looks = read(model, ids[:, :-2], [site])[site][:, :, ANSWER].mean(1)  # (n, t)
-    tokens = model.about["tokens"]
-    of = [looks[ids[:, :-2] == tokens.index(letter)].mean().item() for letter in "ab"]
-    return of[0] / max(sum(of), 1e-12)
+) -> dict[str, float]:
+    """Where the second letter looks in the block that counts. Keys: prefers, on_a, on_b, on_bos.
+
+    prefers: mean weight on an a / (on an a + on a b). The others: mean weight on all a's of a string together, on all b's, on BOS.
+    """
+    site, ids = f"blocks.{COUNTS_IN}.attention", ids[:, :-2]
+    weights = read(model, ids, [site])[site][:, :, ANSWER].mean(1)  # (n, t)
+    here = {token: ids == model.about["tokens"].index(token) for token in ("a", "b", BOS)}
+    on = {token: (weights * at).sum(1).mean().item() for token, at in here.items()}
+    one = {letter: weights[here[letter]].mean().item() for letter in "ab"}
+    return dict(prefers=one["a"] / max(sum(one.values()), 1e-12), on_a=on["a"], on_b=on["b"], on_bos=on[BOS])
 
 # %% ../nbs/18_compiled_runs.ipynb #83602afa
 SINGLE = 4  # W1 … W4 of Fig. 55
@@ -381,18 +396,20 @@ class Wrapper:
         def found(m):
             return {f"acc_{what}": accuracy(m, rows) for what, rows in tests.items()}
 
-        tables = [pd.DataFrame([dict(metric="prefers", way="attention", k=0, value=prefers(model, ids))])]
+        seen = {"attention": looks(model, ids), "program": looks(Program("counter", size.noise).model(seed).eval(), ids)}
+        rows = [dict(metric=m, way=way, k=0, value=value) for way, on in seen.items() for m, value in on.items()]
+        tables = [pd.DataFrame(rows)]
         for unit in ("row", "weight"):
             scores = pruning.scores(model, ids, unit)
             tables.append(pruning.sweep(model, scores, self.ks, found, seed=seed).assign(unit=unit))
         return pd.concat([*tables, self._alone(model, scores, other, found, seed)], ignore_index=True).assign(c_te=0.0)
 
     def _alone(self, model, scores, other, found, seed) -> pd.DataFrame:
-        "Each of the top weights alone, as many random ones alone, and the best of those tried."
+        "Each of the top weights alone, as many random ones of the program alone, and the best of those tried."
         many = pruning.top(scores, self.tried)
         ranked = sorted(_places(many), key=lambda at: -scores[at[0]][at[1:]].item())
         best = max(ranked, key=lambda at: _without(model, at, lambda m: accuracy(m, other)))
-        control = _places(pruning.at_random(pruning.top(scores, SINGLE), seed))
+        control = _places(_of_the_program(pruning.top(scores, SINGLE), seed))
         chosen = [("alone", i + 1, at) for i, at in enumerate(ranked[:SINGLE])]
         chosen += [("random alone", i + 1, at) for i, at in enumerate(control)] + [("best alone", 1, best)]
         rows = []
@@ -402,6 +419,7 @@ class Wrapper:
             rows += [about | dict(metric=metric, value=value) for metric, value in values.items()]
             rows += [about | row for row in _without(model, at, lambda m: _says(m, other))]
         rows += [dict(way="alone", k=0, unit="weight") | row for row in _says(model, other)]
+        rows += [dict(way="right", k=0, unit="weight") | row for row in _histogram(other[:, -2])]
         return pd.DataFrame(rows)
 
 
@@ -421,8 +439,24 @@ def _without(model: Compiled, at: tuple, what: Callable):
 @torch.no_grad()
 def _says(model: Compiled, ids: torch.Tensor) -> list[dict]:
     "How often each answer is given: the histograms of Fig. 59."
-    given = model(ids[:, :-2], last=True).argmax(-1).bincount(minlength=1).tolist()
-    return [dict(metric="says", answer=i, value=n / len(ids)) for i, n in enumerate(given) if n]
+    return _histogram(model(ids[:, :-2], last=True).argmax(-1))
+
+
+def _histogram(answers: torch.Tensor) -> list[dict]:
+    counts = answers.bincount().tolist()
+    return [dict(metric="says", answer=i, value=n / len(answers)) for i, n in enumerate(counts) if n]
+
+
+def _of_the_program(chosen: pruning.Units, seed: int) -> pruning.Units:
+    "As many random weights of each matrix, of those that the compiled program has there: nearly all others were zero before the noise."
+    program, chance, drawn = load_weights("counter").tensors, torch.Generator().manual_seed(seed), {}
+    for name, mask in chosen.items():
+        there = program[name].flatten().nonzero().flatten()
+        there = there if len(there) else torch.arange(mask.numel())
+        drawn[name] = torch.zeros_like(mask).flatten()
+        drawn[name][there[torch.randperm(len(there), generator=chance)[: int(mask.sum())]]] = True
+        drawn[name] = drawn[name].view_as(mask)
+    return drawn
 
 
 def wrapper_results(
@@ -444,10 +478,20 @@ def wrapper_results(
     return table
 
 # %% ../nbs/18_compiled_runs.ipynb #88805878
+def _attention(t: OneSeed, metric: str, c_tr: float, rate: str, way: str = "attention") -> float:
+    return float(t.curve("fine_tuning", metric, c_tr=c_tr, ft_rate=rate, way=way)["value"].iloc[0])
+
+
 def _attends(t: OneSeed, c_tr: float, rate: str) -> Value:
     "Preference of attention for a, from 0 to 1; a mean over hundreds of strings, whose own error is left out."
-    x = float(t.curve("fine_tuning", "prefers", c_tr=c_tr, ft_rate=rate)["value"].iloc[0])
+    x = _attention(t, "prefers", c_tr, rate)
     return Value(x, x, x)
+
+
+def _still_looks(t: OneSeed, c_tr: float, rate: str) -> Value:
+    "Weight on a's and b's as a share of what the program gives them."
+    now, before = (sum(_attention(t, m, c_tr, rate, way) for m in ("on_a", "on_b")) for way in ("attention", "program"))
+    return Value(now / before, now / before, now / before)
 
 
 def _gain(t: OneSeed, c_tr: float, rate: str, way: str = "alone") -> Value:
@@ -470,7 +514,22 @@ _FIG10 = "Fig. 10: attention stays on a, but for η_M with C_Tr = 0"
 _FIG55 = "over 60 points, only after correlated fine-tuning (Figs. 55, 59)"
 
 
+def _looks_at_letters(id: str, words: str, c_tr: float, rate: str) -> Claim:
+    return Claim(
+        id,
+        f"{words} the head that counts still looks at letters.",
+        f"weight on a's and b's over the program's, C_Tr = {c_tr:g}, {rate}",
+        ">=",
+        0.50,
+        lambda t: _still_looks(t, c_tr, rate),
+        exploratory=True,
+    )
+
+
 C7 = (
+    _looks_at_letters("S40", "After correlated fine-tuning at η_M", 1.0, "η_M"),
+    _looks_at_letters("S41", "After uncorrelated fine-tuning at η_S", 0.0, "η_S"),
+    _looks_at_letters("S42", "After uncorrelated fine-tuning at η_M", 0.0, "η_M"),
     Claim(
         "C7a",
         "Fully correlated strings teach the shortcut: O_FT is answered where it holds.",
@@ -508,6 +567,7 @@ C7 = (
         0.80,
         lambda t: _attends(t, 1.0, "η_M"),
         _FIG10,
+        rests_on=("S40",),
     ),
     Claim(
         "C7e",
@@ -517,6 +577,7 @@ C7 = (
         0.80,
         lambda t: _attends(t, 0.0, "η_S"),
         _FIG10,
+        rests_on=("S41",),
     ),
     Claim(
         "C7f",
@@ -526,6 +587,7 @@ C7 = (
         0.20,
         lambda t: _attends(t, 1.0, "η_M") - _attends(t, 0.0, "η_M"),
         _FIG10,
+        rests_on=("S40", "S42"),
     ),
     Claim(
         "C7g",
@@ -544,14 +606,16 @@ C7 = (
         0.10,
         lambda t: _most(_gain(t, 0.0, r) for r in ("η_M", "η_S")),
         _FIG55,
+        rests_on=("C7g",),
     ),
     Claim(
         "C7i",
         "Random weights do not.",
-        "the same, 4 random weights of the same matrices, C_Tr = 1",
+        "the same, 4 random weights that the program has in the same matrices, C_Tr = 1",
         "<=",
         0.05,
         lambda t: _most(_gain(t, 1.0, r, "random alone") for r in ("η_M", "η_S")),
+        rests_on=("C7g",),
     ),
     Claim(
         "C7j",
@@ -570,6 +634,7 @@ C7 = (
         0.50,
         lambda t: _back(t, AFTER_LARGE, "η_L"),
         "no revival (Figs. 43, 49)",
+        rests_on=("C7j",),
     ),
 )
 
