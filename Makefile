@@ -4,6 +4,8 @@ PYTHON ?= python3
 SCALE ?= desk
 SEEDS ?= 1
 TASK ?= count
+# of tracr: seeds after those, of the runs alone that claims rest on
+MORE_SEEDS ?= 0
 DEVICE ?= auto
 # of the stories: tales, hub, or a folder with TinyStories-Instruct; nothing: tales, where the scale has them
 DATA ?=
@@ -66,7 +68,7 @@ behavior pruning probing sweeps: $(READY)
 
 # Compiled programs: scale smoke, desk or paper.
 tracr tracr_readings: $(READY)
-	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p device '$(DEVICE)'))
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p more_seeds '$(MORE_SEEDS)' -p device '$(DEVICE)'))
 
 # Every experiment; what would be done; what it would cost.
 paper status plan: $(TOKENS)

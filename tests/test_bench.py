@@ -45,8 +45,9 @@ def test_a_row_is_median_and_range_and_its_target_is_met_by_the_median():
     at_most = bench.row("ours", "theirs", [1.0, 3.0, 1.3, 1.1, 1.2], "<= 1.1")
     table = pd.DataFrame([at_least, at_most, bench.row("ours", "theirs", [1.0] * 5)])
     assert list(bench.met(table)) == ["yes", "no", ""]
-    with pytest.raises(BadInput, match="above 0"):
-        bench.row("ours", "theirs", [1.0, 0.0])
+    with pytest.raises(BadInput, match="numbers from 0"):
+        bench.row("ours", "theirs", [1.0, -1.0])
+    assert bench.row("ours", "theirs", [0.0, 0.0, 4.0])["ratio"] == 0  # nothing is known from below
 
 
 @pytest.mark.parametrize("recipe", [Recipe(batch=4, answer=2.0), replace(FINE_TUNING, batch=4)], ids=["all", "answer"])
@@ -109,22 +110,76 @@ def test_figures_show_every_row_and_say_in_words_what_is_not_met():
     assert np.allclose(bench.exponents([1, 2, 4], pd.DataFrame([[1.0, 4, 16]] * 3)), 2)
 
 
+def test_the_figure_of_growth_says_the_exponent_of_the_table():
+    rounds = pd.DataFrame({1: [1.0, 1.0, 1.0], 2: [2.0, 9.0, 4.0], 4: [9.0, 4.0, 64.0]})
+    points = [dict(panel="width", series="a step", size=n, seconds=s) for n in rounds for s in rounds[n]]
+    fig = bench.growth(pd.DataFrame(points + [p | dict(series="processes") for p in points]), "growth", ("processes",))
+    [panel] = fig.axes
+    exponent = np.median(bench.exponents(list(rounds), rounds))
+    said = [t.get_text() for t in panel.get_legend().get_texts()]
+    assert said == [f"a step: width^{exponent:.2f}", "processes"]
+    assert len(panel.lines) == 1  # a kink is no power
+
+
+@pytest.mark.parametrize("most, few", [(500.0, False), (2000.0, True)], ids=["less", "more than three decades"])
+def test_numbers_of_an_axis_have_room(most, few):
+    rows = [bench.row("ours", "theirs", [ratio], "") for ratio in (1.0, most)]
+    [axes] = bench.ratios(pd.DataFrame(rows), "all").axes
+    axes.figure.canvas.draw()
+    low, high = axes.get_xlim()
+    shown = [t.get_text() for t in axes.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert ("2" not in shown) == few and {"1", "10", "100"} <= set(shown)
+
+
+def test_the_page_says_on_what_it_was_measured():
+    found = dict(
+        processor="A processor", instructions="AVX2", cores=2, threads_per_run=1, matmul_peak=dict(peak=1.5e11)
+    )
+    said = bench.machine(found)
+    assert all(word in said for word in ("A processor", "AVX2", "2 cores", "threads of a run: 1", "peak: 150"))
+
+
+def test_what_is_measured_keeps_memory_as_a_worker_does(monkeypatch):
+    done = []
+
+    class Pipe:
+        def send(self, _):
+            done.append("sent")
+
+        def recv(self):
+            raise EOFError
+
+    monkeypatch.setattr(bench, "_keep_memory", lambda: done.append("keeps memory"))
+    bench._serve(Pipe(), SMOKE)
+    assert done == ["keeps memory", "sent"]
+
+
+TIMED = dict(repeats=5, milliseconds=5)
 TINY = {
-    "bench_analysis": (dict(scale="smoke", steps=50, samples=256), ["ratios"], ["sklearn"], 6),
-    "bench_data": (dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
-    "bench_growth": (dict(scale="smoke"), ["growth", "memory"], [], None),
-    "bench_step": (dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
-    "bench_stories": (dict(tokens=8, texts=2, records=600), ["ratios"], ["tokenizers", "transformers"], 4),
-    "bench_sweep": (dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 11),
+    "bench_analysis": (TIMED | dict(scale="smoke", steps=50, samples=256), ["ratios"], ["sklearn"], 6),
+    "bench_capability": (
+        dict(seeds=1, steps=4, paper_steps=4, lever_seeds=1, lever_steps=4, lever_percent=0),
+        ["capability", "levers", "ratios"],
+        [],
+        8,
+    ),
+    "bench_data": (TIMED | dict(scales="smoke"), ["ratios"], ["nltk", "pcfg"], 8),
+    "bench_growth": (TIMED | dict(scale="smoke"), ["growth", "memory"], [], None),
+    "bench_step": (TIMED | dict(scales="smoke"), ["ratios"], ["transformers", "accelerate", "transformer_lens"], None),
+    "bench_stories": (TIMED | dict(tokens=8, texts=2, records=600), ["ratios"], ["tokenizers", "transformers"], 4),
+    "bench_sweep": (TIMED | dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 11),
+    "bench_tracr": (TIMED | dict(tasks="counter"), ["ratios"], ["tracr", "jax"], 3),
 }
+MORE = {"bench_capability": {"trials.csv"}}  # besides table, figures and provenance
+SLOW = {"bench_capability", "bench_sweep"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "bench_sweep" else ()) for n in TINY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TINY])
 def test_the_benchmark_leaves_its_table(name, tmp_path):
     parameters, figures, peers, length = TINY[name]
     for peer in peers:
         pytest.importorskip(peer)
-    given = [x for k, v in (parameters | dict(repeats=5, milliseconds=5)).items() for x in ("-p", k, str(v))]
+    given = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
     notebook = str(REPO / "nbs" / f"{name}.ipynb")
     done = subprocess.run(
         [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", *given],
@@ -138,7 +193,7 @@ def test_the_benchmark_leaves_its_table(name, tmp_path):
     assert list(table.columns) == bench.COLUMNS and table["ratio"].between(table["low"], table["high"]).all()
     assert length in (None, len(table)) and set(table["repeats"]) <= {5, 1}
     drawn = {f"{figure}.{kind}" for figure in figures for kind in ("png", "svg")}
-    assert {p.name for p in place.iterdir()} == {"results.csv", "provenance.json", *drawn}
+    assert {p.name for p in place.iterdir()} == {"results.csv", "provenance.json", *drawn, *MORE.get(name, ())}
     about = json.loads((place / "provenance.json").read_text())
-    assert about["parameters"]["repeats"] == 5
+    assert set(about["parameters"]) >= set(parameters)
     assert all(peak > 1e8 for peak in about["matmul_peak"].values()) and about["processor"]

@@ -3,11 +3,24 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from wrapperlib.checks import BadInput
-from wrapperlib.protocols import SCALES
-from wrapperlib.recipes import LEVERS, Growing, arrivals, quicker, trial, trials
+from wrapperlib.model import GPT
+from wrapperlib.protocols import FAST, SCALES
+from wrapperlib.recipes import (
+    LEVERS,
+    Drawn,
+    Growing,
+    _mean_of_what_is_there,
+    arrivals,
+    quicker,
+    times_as_long,
+    trial,
+    trials,
+)
 from wrapperlib.tasks import PRIORS, Natural
+from wrapperlib.training import Recipe, Stack, loss_of, one_step
 
 TINY = dict(scale=SCALES["smoke"], every=2, samples=16)
 
@@ -33,8 +46,9 @@ def test_ratios_are_paired_by_seed_and_censored_ones_are_bounds():
     found = quicker(arrivals(pd.concat(rows), "step"), "ours", "theirs")
     assert (
         (found["ratio"] == 4).all()
-        and found.loc["indexing", "censored"] == 5
-        and found.loc["counting", "censored"] == 0
+        and found.loc["indexing", "theirs_censored"] == 5
+        and found.loc["counting", "theirs_censored"] == 0
+        and (found["ours_censored"] == 0).all()
     )
     assert found.loc["indexing", "p"] == pytest.approx(1 / 252)  # all five later than all of ours: 1 of C(10, 5) orders
     same = quicker(arrivals(pd.concat(rows), "step"), "ours", "ours")
@@ -42,8 +56,17 @@ def test_ratios_are_paired_by_seed_and_censored_ones_are_bounds():
 
 
 def test_ours_not_arriving_leaves_no_lower_bound():
-    rows = pd.concat([curve("ours", 0, (10, 0.5, 0.5)), curve("theirs", 0, (40, 1, 1))])
-    assert (quicker(arrivals(rows, "step"), "ours", "theirs")["low"] == 0).all()
+    arrives = [curve("ours", s, (10, 1, 1)) for s in range(2)]
+    rows = [*arrives, *(curve("ours", s, (10, 0.5, 0.5)) for s in range(2, 5))]
+    rows += [curve("theirs", s, (40, 0.5, 0.5)) for s in range(5)]
+    arrived = arrivals(pd.concat(rows), "step")
+    assert (times_as_long(arrived, "ours", "theirs").T == [4, 4, 0, 0, 0]).all(axis=None)
+    found = quicker(arrived, "ours", "theirs")
+    assert (found[["ratio", "low", "high"]] == [0, 0, 4]).all(axis=None)
+    assert (found["ours_censored"] == 3).all() and (found["theirs_censored"] == 5).all()
+    # the two that arrived are the first two of ten in C(5, 2) of C(10, 2) orders; all others are tied
+    assert found["p"].to_list() == pytest.approx([10 / 45] * 4)
+    assert quicker(arrived[arrived["seed"] == 0], "ours", "theirs")["p"].isna().all()  # one seed is no test
 
 
 def test_a_trial_is_a_function_of_its_seed_and_stops_when_all_is_there():
@@ -76,3 +99,21 @@ def test_batches_grow(domain):
     stream = Growing(Natural(domain, PRIORS["H"]), until=3, share=0.25)
     assert [len(stream.batch(40, 0, step)) for step in range(5)] == [10, 10, 10, 40, 40]
     assert np.array_equal(stream.batch(40, 0, 4), stream.stream.batch(40, 0, 4))
+
+
+def test_a_small_batch_counts_for_what_it_has(domain, shape):
+    stream = Drawn(Growing(Natural(domain, PRIORS["H"]), until=1, share=0.25))
+    model, recipe = GPT(len(domain.vocabulary), domain.row_length, shape), Recipe(batch=40, clip=1e9)
+    _mean_of_what_is_there(model, stream)
+    ids = torch.from_numpy(stream.batch(40, 0, 0))
+    one_step(Stack([model]), {}, ids[None], recipe, 0)
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    stream.asked_by_given = 1.0
+    loss_of(model, ids, recipe).backward()
+    assert all(torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7) for a, p in zip(found, model.parameters()))
+    stream.batch(40, 0, 1)
+    assert len(ids) == 10 and stream.samples == 50
+    rows = trial("small batches first", 0, 10, **TINY)
+    whole = FAST["pretraining"].batch
+    assert list(rows["samples"]) == [round(0.25 * whole) * min(s, 4) + whole * max(0, s - 4) for s in rows["step"]]

@@ -11,9 +11,11 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -362,7 +364,7 @@ def test_a_program_goes_on_without_the_run_that_failed(store, domain):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train_stack", one_fails)
         patch.setattr(
-            runs, "_next_group", lambda store, waiting, most: [first, *waiting]
+            runs, "_next_group", lambda store, queue, most: [first, *queue.waiting]
         )  # one of them is there by now
         with pytest.raises(NotFinite, match=r"^run 2: it is not finite$"):
             runs._train_here(store, others, "cpu", 8, None)
@@ -390,7 +392,7 @@ def test_runs_trained_as_one_program_are_kept_one_by_one(tmp_path, domain):
     missing = [r for run in wanted for r in run.lineage]
     groups = []
     while missing:
-        groups.append(runs._next_group(together, missing, 8))
+        groups.append(runs._next_group(together, runs._Queue(missing), 8))
         train_runs(together, groups[-1])
         missing = [r for r in missing if r not in groups[-1]]
     assert [len(group) for group in groups] == [3, 3]
@@ -398,7 +400,78 @@ def test_runs_trained_as_one_program_are_kept_one_by_one(tmp_path, domain):
         assert together.meta(run)["together"] == 3 and together.log(run)["step"].equals(alone.log(run)["step"])
         pairs = zip(alone.model(run).parameters(), together.model(run).parameters())
         assert all(torch.allclose(p, q, atol=1e-4) for p, q in pairs)
-    assert len(runs._next_group(together, wanted, 2)) == 2
+    assert len(runs._next_group(together, runs._Queue(wanted), 2)) == 2
+
+
+def many_chains(domain, n):
+    "Some n runs: bases of different length, four that start from each, and one that starts from each of these."
+    found = []
+    for seed in range(n // 9):
+        base = a_run(domain, steps=20 + seed % 7, seed=seed)
+        for k in range(4):
+            tuned = a_run(domain, steps=5 + (seed + k) % 3, seed=seed, data=k, start=base)
+            found.append(replace(tuned, recipe=replace(tuned.recipe, steps=4), start=tuned))
+    return list(dict.fromkeys(r for run in found for r in run.lineage))
+
+
+def test_the_order_is_that_of_the_longest_chain_of_work_behind_a_run(domain):
+    wanted = many_chains(domain, 100)
+
+    def chain(run):
+        return runs._cost(run) + max((chain(r) for r in wanted if r.start == run), default=0)
+
+    queue, trained = runs._Queue(wanted), []
+    assert list(queue.waiting) == sorted(wanted, key=lambda r: -chain(r))
+    while queue.waiting:
+        [run] = queue.ready([], 1)
+        trained.append(run)
+        del queue.waiting[run]
+    assert trained == sorted(wanted, key=lambda r: -chain(r))
+    some = runs._Queue(wanted[: len(wanted) // 2 + 1])  # of the last base not all that start from it
+    failed = wanted[1]
+    some.fail(failed, NotFinite("it is not finite"))
+    assert some.left_out == [r for r in wanted if r.start == failed] and failed not in some.waiting
+
+
+@pytest.mark.parametrize("way", ["here", "side by side"])
+def test_twice_as_many_runs_take_twice_the_work_around_their_training(store, domain, monkeypatch, way):
+    "Counted in how often a run is looked for among others and its cost is asked for."
+    looked, cost = [0], runs._cost
+
+    def count(value):
+        looked[0] += 1
+        return value
+
+    hash_of = Run.__hash__
+    monkeypatch.setattr(Run, "__hash__", lambda run: count(hash_of(run)))
+    monkeypatch.setattr(runs, "_cost", lambda run: count(cost(run)))
+    monkeypatch.setattr(runs, "train_runs", lambda store, group, device, report: trained.extend(group))
+    monkeypatch.setattr(runs, "program", lambda store, run: None)
+    monkeypatch.setattr(runs, "_pool", in_this_process)
+    used = []
+    for n in (1000, 2000):
+        wanted, trained = many_chains(domain, n), []
+        line = runs.Line(sum(map(cost, wanted)), len(wanted))
+        looked[0] = 0
+        if way == "here":
+            runs._train_here(store, wanted, "cpu", 1, line)
+            assert len(trained) == len(wanted)
+        else:
+            runs._train_side_by_side(store, wanted, "cpu", 2, line)
+        used.append(looked[0])
+    assert used[1] < 3 * used[0]
+
+
+@contextmanager
+def in_this_process(workers, steps):
+    "A pool whose work is done at once, by nobody."
+
+    def submit(*_):
+        job = Future()
+        job.set_result((os.getpid(), 1))
+        return job
+
+    yield SimpleNamespace(submit=submit)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

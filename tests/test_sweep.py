@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 
 from tests.conftest import REPO, cells
-from wrapperlib import sweep
+from wrapperlib import runs, sweep
 from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
 from wrapperlib.runs import FILES, Store, address, train_all
-from wrapperlib.training import NotFinite
+from wrapperlib.training import NotFinite, Progress
 
 SMOKE = SCALES["smoke"]
 SMALL = {"scale": "smoke", "prior": ["H", "L"], "seed": [0, 1]}
@@ -130,12 +130,36 @@ def test_status_counts_each_run_once_and_says_why(tmp_path):
     assert now.loc["all", "to train"] == len(every) - 24 and record.exists()
 
 
+def test_what_a_checkpoint_has_done_is_no_work_to_do(tmp_path, monkeypatch):
+    asked, store = [("exp_revival", {})], Store(tmp_path / "runs")
+    monkeypatch.setattr(sweep, "pace", lambda run, device: (60.0, 0.0))
+
+    def minutes():
+        return sweep.status("smoke", device="cpu", out=str(tmp_path), workers=1, experiments=asked).loc[
+            "all", "minutes"
+        ]
+
+    before, run = minutes(), sweep.read("exp_revival", scale="smoke").runs[0]
+    store.save_partial(run, Progress(30, {}, []), {})
+    assert minutes() == before - 30
+    for step in ("many", 10**9, -1):
+        store.save_partial(run, Progress(step, {}, []), {})
+        assert minutes() == before
+
+
+def test_status_says_what_its_minutes_leave_out(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "EXPERIMENTS", [("exp_tracr_readings", {})])
+    assert sweep.main(["status", "--scale", "smoke", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "Minutes are at best" in said and "the trainings of exp_tracr_readings, which are not kept" in said
+
+
 def test_status_knows_with_what_results_were_made(tmp_path):
     experiment = sweep.read("exp_revival", scale="smoke")
     place = tmp_path / experiment.folder
     place.mkdir(parents=True)
     about = dict(parameters=json.loads(json.dumps(vars(experiment.checked), default=str)))
-    about |= dict(sources=dict(sweep.source_digests()), files={})
+    about |= dict(sources=dict(runs.source_digests()), files={})
 
     def said():
         (place / "provenance.json").write_text(json.dumps(about))
@@ -146,8 +170,26 @@ def test_status_knows_with_what_results_were_made(tmp_path):
     assert said() == "as asked"
     about["parameters"]["seeds"], about["sources"]["tasks"] = 3, "other"
     assert said() == "made with seeds 3; source changed: tasks"
+    del about["sources"]["tasks"]  # one that there was not yet
+    assert said() == "made with seeds 3; source changed: tasks"
+    for part in ("parameters", "sources"):
+        for wrong in ([], 3, None, "text"):
+            (place / "provenance.json").write_text(json.dumps(about | {part: wrong}))
+            assert sweep._made_with(place, experiment) == "unreadable"
     (place / "provenance.json").write_text("{")
     assert sweep._made_with(place, experiment) == "unreadable"
+
+
+def test_status_says_which_other_modules_have_changed_since(tmp_path):
+    experiment = sweep.read("exp_revival", scale="smoke")
+    place = tmp_path / experiment.folder
+    about = runs.provenance(vars(experiment.checked), {})
+    assert {*sweep.SOURCES, "claims", "runs"} <= set(about["sources"])
+    runs.publish(place, pd.DataFrame(dict(value=[1])), {}, about)
+    assert sweep._made_with(place, experiment) == "as asked"
+    about["sources"] |= dict(claims="other", gone="a module that there is no more")
+    runs.publish(place, pd.DataFrame(dict(value=[1])), {}, about)
+    assert sweep._made_with(place, experiment) == "source changed: claims, gone"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +202,11 @@ def test_status_knows_with_what_results_were_made(tmp_path):
         ("exp_revival", dict(scale=[]), r"scale is \[\]; allowed: at least one value"),
         ("exp_revival", dict(seeds=[1, 1]), r"seeds is \[1, 1\]; allowed: at least one value, each once"),
         ("exp_nothing", dict(scale="smoke"), "experiment is 'exp_nothing'"),
+        (
+            "exp_tracr_readings",
+            dict(scale="smoke"),
+            "of is 'exp_tracr_readings'; allowed: an experiment that plans runs",
+        ),
         (7, dict(scale="smoke"), "of is 7"),
         ("pretraining", dict(scale="smoke", c_tr=0.5), "parameter name is 'c_tr'; allowed: scale, seed, prior"),
         ("pretraining", {"scale": "smoke", "recipe.lr": "1e-4"}, "recipe.lr is '1e-4'.*YAML"),
@@ -297,6 +344,54 @@ sweep.together(Store({str(store.root)!r}), missing, "cpu", 0, None)
     assert done.returncode == 0 and "24 reused, 0 to train" in done.stdout, done.stderr[-3000:]
 
 
+def test_a_run_that_fails_in_all_processes_stops_only_those_that_start_from_it(tmp_path):
+    from tests.test_ranks import torchrun
+
+    script, store = tmp_path / "script.py", Store(tmp_path / "runs")
+    script.write_text(f"""
+import torch
+from dataclasses import replace
+from wrapperlib import runs, sweep
+from wrapperlib.runs import Run, Store, train_all
+
+{WILD}
+real = runs.train_stack
+
+def broken_in_the_end(trainees, *others):
+    logs = real(trainees, *others)
+    if trainees[0].seed == (7, 0):  # every loss was finite, the last step's gradient was not
+        with torch.no_grad():
+            trainees[0].model.head.weight[0] = float("nan")
+    return logs
+
+runs.train_stack = broken_in_the_end
+store, missing = Store({str(store.root)!r}), wild()
+try:
+    sweep.together(store, missing, "cpu", 0, None)
+except ArithmeticError as e:
+    print("said:", e)
+""")
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    space = {}
+    exec("from dataclasses import replace\nfrom wrapperlib import sweep\n" + WILD, space)
+    assert [store.finished(run) for run in space["wild"]()] == [False, False, False, True]
+    said = [line for line in done.stdout.splitlines() if line.startswith("said:")]
+    assert len(said) == 2 and len({*said}) == 1
+    assert "2 runs failed: " in said[0] and "broken: the loss of step" in said[0]
+    assert "late: after the last step head.weight is not finite" in said[0]
+    assert said[0].endswith("left out, as they start from there: after")
+
+
+WILD = """
+def wild():
+    sound = sweep.one_run("pretraining", **{"scale": "smoke", "recipe.steps": 20})
+    recipe = replace(sound.recipe, lr=1e30, clip=1e30, muon=0.0)
+    broken = replace(sound, recipe=recipe, seed=1, name="broken")
+    return [broken, replace(sound, start=broken, name="after"), replace(sound, seed=7, name="late"), sound]
+"""
+
+
 def test_makespan_is_that_of_a_schedule():
     runs = sweep.read("exp_revival", scale="smoke").runs
     seconds = {run: 1.0 + 0.1 * i for i, run in enumerate(runs)}
@@ -312,13 +407,12 @@ def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_
     asked = [("exp_revival", dict(priors="L"))]
     cost = (1.0, 0.0), 2**30
     monkeypatch.setattr(sweep, "measured_kinds", lambda runs, device: {sweep.kind(r): cost for r in runs})
-    alone, shared, wide = (sweep.plan("smoke", device="cpu", experiments=asked, gpus=g) for g in (0, 0.25, 4))
+    alone, whole, shared = (sweep.plan("smoke", device="cpu", experiments=asked, gpus=g) for g in (0, 1, 0.25))
     assert shared["hours on 1"].equals(alone["hours on 4"].rename("hours on 1"))
     assert shared["hours on 4"].equals(alone["hours on 16"].rename("hours on 4"))
-    assert wide["hours on 16"].equals(alone["hours on 4"].rename("hours on 16"))
-    assert wide["hours on 1"].map(lambda hours: hours == float("inf")).all()
-    with pytest.raises(BadInput, match=r"gpus is 1\.5; allowed: numbers from 0 to 1, or whole ones"):
-        sweep.plan("smoke", device="cpu", experiments=asked, gpus=1.5)
+    assert whole.equals(alone)
+    with pytest.raises(BadInput, match=r"gpus is 4; allowed: numbers from 0 to 1$"):
+        sweep.plan("smoke", device="cpu", experiments=asked, gpus=4)
     monkeypatch.setattr(sweep, "EXPERIMENTS", asked)
     assert sweep.main(["plan", "--scale", "smoke", "--device", "cpu", "--gpus", "0.25"]) == 0
     said = capsys.readouterr().out
@@ -334,17 +428,32 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["paper", "--device", "tpu"], "device is 'tpu'"),
         (["paper", "--engine", "slurm"], "engine is 'slurm'; allowed: one of local, ray"),
         (["plan", "--seeds", "0"], "seeds is 0"),
-        (["plan", "--gpus", "1.5"], "gpus is 1.5; allowed: numbers from 0 to 1, or whole ones"),
+        (["plan", "--gpus", "1.5"], "gpus is 1.5; allowed: numbers from 0 to 1"),
         (["grid"], "file is None"),
         (["status", "mine.yaml"], "file is 'mine.yaml'"),
         (["train"], "file is None"),
         (["train", "exp_revival"], "train is 'started alone'; allowed: started by torchrun"),
         (["grid", "none.yaml"], "file is 'none.yaml'"),
+        (["grid", "none.yaml", "--scale", "desk"], "--scale is 'desk'; allowed: nothing after grid"),
+        (["grid", "none.yaml", "--seeds", "1"], "--seeds is '1'; allowed: nothing after grid"),
+        (["grid", "none.yaml", "--data", "hub"], "--data is 'hub'; allowed: nothing after grid"),
+        (["grid", "none.yaml", "--fail-fast"], "--fail-fast is True; allowed: nothing after grid"),
     ):
         assert sweep.main(arguments) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [NotWritten("the disk is full"), NotFinite("seed 0: the loss"), RuntimeError("lost")])
+def test_training_that_fails_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    (tmp_path / "mine.yaml").write_text(json.dumps(dict(of="pretraining", grid=SMALL)))
+    monkeypatch.setattr(sweep, "sweep", fails)
+    assert sweep.main(["grid", str(tmp_path / "mine.yaml"), "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
 
 
 def test_paper_goes_on_after_a_failure_and_says_where_to_look(tmp_path, monkeypatch):
@@ -595,7 +704,7 @@ runs.train_all(runs.Store("runs"), [run], workers=1, quiet=True)
     "given, says",
     [
         (dict(gpus=-1), "gpus is -1"),
-        (dict(gpus=1.5), "gpus is 1.5; allowed: numbers from 0 to 1, or whole ones"),
+        (dict(gpus=4), "gpus is 4; allowed: numbers from 0 to 1$"),  # a run trains on one
         (dict(gpus="half"), "gpus is 'half'"),
         (dict(address=3), "address is 3"),
         (dict(save_every="soon"), "save_every is 'soon'"),
@@ -651,7 +760,7 @@ class Immediately:
 def on_ray(monkeypatch, store, missing, fails=None, engine=None, **given):
     made = Immediately(fails or {}, **given)
     monkeypatch.setattr(sweep, "_ray", lambda: made)
-    return train_all(store, missing, quiet=True, engine=engine or sweep.Ray())
+    return train_all(store, missing, engine=engine or sweep.Ray())
 
 
 def test_a_run_that_fails_on_ray_stops_only_those_that_start_from_it(tmp_path, monkeypatch):
@@ -676,7 +785,7 @@ def test_a_run_that_fails_on_ray_stops_only_those_that_start_from_it(tmp_path, m
     said = str(found.value)
     assert said.startswith("4 runs failed: ") and store.finished(again[4])
     assert "seed 0: the loss" in said and "No space left" in said
-    assert "seed 1: its workers were lost more than ten times" in said and "seed 2: Ray gave it up" in said
+    assert "seed 1: its workers were lost more than 10 times" in said and "seed 2: Ray gave it up" in said
 
 
 def test_a_node_that_does_not_suit_is_refused_and_nothing_more_is_begun(tmp_path, monkeypatch):
@@ -692,7 +801,7 @@ def test_a_node_that_does_not_suit_is_refused_and_nothing_more_is_begun(tmp_path
     [
         ([dict(CPU=0)], {}, "cluster is 'of 1 nodes with at most 0 cores and 0 GPUs'; allowed: one with a node"),
         ([], {}, "of 0 nodes"),
-        ([dict(CPU=8), dict(CPU=8, GPU=2)], dict(gpus=4), "at most 8 cores and 2 GPUs'; .* a core and 4 GPUs"),
+        ([dict(CPU=8), dict(CPU=8, GPU=0.5)], dict(gpus=1), "at most 8 cores and 0.5 GPUs'; .* a core and 1 GPUs"),
         ([dict(CPU=8), dict(GPU=1)], dict(gpus=0.5), "a core and 0.5 GPUs"),
         ([dict(CPU=1)], dict(address="127.0.0.1:1"), "address is '127.0.0.1:1'; allowed: 127.0.0.1:6379, to which"),
     ],
@@ -710,6 +819,43 @@ def test_an_address_may_name_the_cluster_that_is_connected(tmp_path, monkeypatch
     pytest.importorskip("ray")
     run = sweep.one_run("pretraining", scale="smoke")
     assert on_ray(monkeypatch, Store(tmp_path / "runs"), [run], engine=sweep.Ray(address))["trained"] == 1
+
+
+def test_a_cluster_that_wants_another_token_is_one_sentence(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def refused(**_):
+        assert dict(RAY_task_oom_retries="10").items() <= os.environ.items()  # unless told, Ray never stops trying
+        raise ray.exceptions.AuthenticationError("Token authentication is enabled, no token was found.")
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    made = Immediately({})
+    monkeypatch.setattr(made, "is_initialized", lambda: False)
+    monkeypatch.setattr(made, "init", refused, raising=False)
+    monkeypatch.setattr(sweep, "_ray", lambda: made)
+    with pytest.raises(
+        BadInput, match=r"address is ''; allowed: .* takes the one that is here .*\(AuthenticationError: Token"
+    ):
+        sweep.Ray()(Store(tmp_path), [], "cpu", 1, None)
+
+
+def test_progress_on_ray_looks_only_at_checkpoints_that_are_there_and_seldom(tmp_path, monkeypatch):
+    store, clock, looked = Store(tmp_path), [0.0], []
+    wanted = [sweep.one_run("pretraining", scale="smoke", seed=s) for s in range(50)]
+    cost = sweep._cost(wanted[0])
+    step = sweep._step
+    monkeypatch.setattr(sweep, "_step", lambda store, run: looked.append(run) or step(store, run))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    work, busy = sweep._Work(store), wanted[:40]
+    assert work.done(busy) == 0 and not looked
+    for run in wanted[:2]:
+        store.save_partial(run, Progress(run.recipe.steps // 2, {}, []), {})
+    assert work.done(busy) == 0 and not looked
+    clock[0] += 2
+    assert work.done(busy) == cost == work.done(busy) and looked == wanted[:2]
+    work.end(wanted[0], True)
+    work.end(wanted[1], False)
+    assert work.done(wanted[2:40]) == cost and len(looked) == 2
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Meter', 'COLUMNS', 'timed', 'in_turn', 'row', 'met', 'matmul', 'has_onednn', 'matmul_flops', 'Step', 'Crew',
-           'importing', 'profile', 'memory', 'exponents', 'need', 'as_gpt2', 'as_hooked', 'about', 'ratios', 'growth']
+           'importing', 'profile', 'memory', 'exponents', 'need', 'as_gpt2', 'as_hooked', 'about', 'machine', 'ratios',
+           'growth']
 
 # %% ../nbs/14_bench.ipynb #885db016
 import importlib.util
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from .checks import BadInput, check
 from .model import _SHORT
-from .runs import Run, peak_memory, provenance
+from .runs import Run, _keep_memory, peak_memory, provenance
 from .training import Stack, loss_of, one_step, optimisers, parts
 
 # %% ../nbs/14_bench.ipynb #1a4fa675
@@ -81,10 +82,10 @@ def row(
     ratios: pd.Series,  # one for each round
     target: str = "",  # such as `>= 1.2` or `<= 0.05`; nothing: only reported
 ) -> dict:
-    "A row of the table: median and range of the ratios. Raises `BadInput` for a target that cannot be read or ratios that are not positive."
+    "A row of the table: median and range of the ratios. Raises `BadInput` for a target that cannot be read or ratios that are not numbers from 0."
     check(not target or re.fullmatch(r"[<>]= \d+(\.\d+)?", target), "target", target, "such as '>= 1.2' or '<= 0.05'")
     found = np.asarray(ratios, float)
-    check(np.isfinite(found).all() and (found > 0).all(), f"ratio of {what}", found, "numbers above 0")
+    check(np.isfinite(found).all() and (found >= 0).all(), f"ratio of {what}", found, "numbers from 0")
     middle = [np.median(found), found.min(), found.max()]
     return dict(zip(COLUMNS, [what, against, *map(float, middle), target, len(found)]))
 
@@ -205,6 +206,7 @@ class Crew:
 
 def _serve(pipe, run: Run):
     "Take steps whenever asked, until nobody asks any more."
+    _keep_memory()  # as a worker of `runs` does
     torch.set_num_threads(1)
     before = peak_memory()
     step = Step(run)
@@ -230,7 +232,7 @@ def importing(
     return meter
 
 # %% ../nbs/14_bench.ipynb #83b01933
-_MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"}
+_MATMULS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"}
 
 
 def profile(
@@ -433,6 +435,16 @@ def about(
     )
 
 
+def machine(
+    found: dict,  # as from `about`
+) -> str:
+    "One line for the page: on what, and how quick that was."
+    peaks = "; ".join(f"{name}: {peak / 1e9:.4g}" for name, peak in found["matmul_peak"].items())
+    cores, threads = found["cores"], found["threads_per_run"]
+    cpu = f"{found['processor']} ({found['instructions']})"
+    return f"{cpu}, {cores} cores, threads of a run: {threads}; billion operations a second, {peaks}"
+
+
 def _processor() -> str:
     try:
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
@@ -477,8 +489,9 @@ def ratios(
 
 
 def _plain_numbers(axis):
-    "1, 2, 5, 10 … on a logarithmic axis."
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    "1, 2, 5, 10 … on a logarithmic axis; 1, 10 … where there is no room for more."
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low <= 1000 else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -491,6 +504,7 @@ def _said(r: dict, verdict: str) -> str:
 def growth(
     table: pd.DataFrame,  # columns panel, series, size, seconds: a row for each round
     title: str,  # what was measured
+    unfitted: tuple[str, ...] = (),  # series that are no power of their size
 ) -> Figure:
     "Seconds against size on logarithmic axes: median and range of the rounds, and the fitted power."
     panels = list(table["panel"].unique())
@@ -500,12 +514,15 @@ def growth(
         for (series, points), marker, colour in zip(
             here.groupby("series", sort=False), "os^D", sns.color_palette("colorblind")
         ):
-            by_size = points.groupby("size")["seconds"]
-            middle, low, high = by_size.median(), by_size.min(), by_size.max()
-            slope, at_one = np.polyfit(np.log(middle.index), np.log(middle), 1)
-            ax.vlines(middle.index, low, high, color=colour)
-            ax.plot(middle.index, np.exp(at_one) * middle.index**slope, color=colour, ls="--", lw=1)
-            ax.scatter(middle.index, middle, color=colour, marker=marker, label=f"{series}: {panel}^{slope:.2f}")
+            rounds = pd.DataFrame({size: list(some) for size, some in points.groupby("size")["seconds"]})
+            middle, label = rounds.median(), series
+            if series not in unfitted:
+                slope = np.median(exponents(list(rounds), rounds))
+                line = middle.index.to_numpy() ** slope
+                ax.plot(middle.index, line * np.exp(np.log(middle / line).mean()), color=colour, ls="--", lw=1)
+                label = f"{series}: {panel}^{slope:.2f}"
+            ax.vlines(middle.index, rounds.min(), rounds.max(), color=colour)
+            ax.scatter(middle.index, middle, color=colour, marker=marker, label=label)
         ax.set(xscale="log", yscale="log", xlabel=panel)
         ax.set_xticks(sorted(here["size"].unique()), [f"{s:g}" for s in sorted(here["size"].unique())])
         ax.xaxis.minorticks_off()

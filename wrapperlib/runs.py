@@ -141,6 +141,17 @@ def source_digests(
 _IMPORTED = {path: _digest(path.read_bytes()) for path in Path(sys.modules["wrapperlib"].__path__[0]).glob("[!_]*.py")}
 
 
+def _library(names: Iterable[str]) -> dict[str, str]:
+    "Digests of those of the names that are modules of wrapperlib; of one that was edited since it was imported, that it was."
+    found = {}
+    for name in sorted({path.stem for path in _IMPORTED} & {*names}):
+        try:
+            found |= source_digests((name,))
+        except (BadInput, OSError):
+            found[name] = "edited since it was imported"
+    return found
+
+
 def _bare_source(module: str) -> str:
     loaded = getattr(sys.modules.get(module), "__file__", None)  # a script has a file, but no spec
     path = Path(loaded or importlib.util.find_spec(module).origin)
@@ -393,10 +404,7 @@ class Store:
         facts: dict,  # device, seconds and the like
     ) -> None:
         "Keep a finished run; its folder appears whole. If another process was first, its result stays. Raises `NotFinite`, `NotWritten`."
-        weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-        if broken := _not_finite(weights):  # the last step's gradient may be, where its loss was finite
-            raise NotFinite(f"{run.name or address(run)}: after the last step {broken[0]} is not finite")
-        contents = dict(zip(FILES, (to_bytes(weights), _table(log))))
+        contents = dict(zip(FILES, (to_bytes(_weights(run, model)), _table(log))))
         record = dict(name=run.name, config=describe(run), sources=sources_of(run), **facts)
         record["files"] = {name: _digest(data, 64) for name, data in contents.items()}
         record["checksum"] = _checksum(record)
@@ -556,6 +564,14 @@ def _digest_of(path: Path) -> str | None:
         return None
 
 
+def _weights(run: Run, model: GPT) -> dict[str, torch.Tensor]:
+    "A trained model's weights, on the CPU. Raises `NotFinite`."
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    if broken := _not_finite(weights):  # the last step's gradient may be, where its loss was finite
+        raise NotFinite(f"{run.name or address(run)}: after the last step {broken[0]} is not finite")
+    return weights
+
+
 def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, x in tensors.items() if not torch.isfinite(x).all()]
 
@@ -649,11 +665,14 @@ def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_eve
         except NotFinite as e:
             run = runs[e.which]
             raise NotFinite(f"{run.name or address(run)}: {e}", e.which) from None
-    for k, (run, trainee, log, (resume, before)) in enumerate(zip(runs, trainees, logs, found) if first else ()):
+    for k, (run, trainee, log, (resume, before)) in enumerate(zip(runs, trainees, logs, found)):
         facts = dict(used(before), resumed_at=resume and resume.step, together=len(runs), processes=ranks()[1])
         facts |= dict(versions=versions("torch", "numpy"), finished=now())
         try:
-            store.put(run, trainee.model, log, facts)
+            if first:
+                store.put(run, trainee.model, log, facts)
+            else:  # each process knows whether it has failed, and none waits for another that has given up
+                _weights(run, trainee.model)
         except NotFinite as e:
             raise NotFinite(str(e), k) from None
 
@@ -803,9 +822,13 @@ def _cost(run: Run) -> float:
     return run.recipe.steps * run.recipe.batch * (1.0 if run.recipe.sequence else 0.75)
 
 
-def _chain(run: Run, runs: list[Run]) -> float:
-    "Work of the longest chain that begins with this run."
-    return _cost(run) + max((_chain(r, runs) for r in runs if r.start == run), default=0)
+def _chains(runs: list[Run]) -> dict[Run, float]:
+    "Run → work of the longest chain among them that begins with it."
+    found, behind = {}, Counter()  # what others that start from it come to, at most
+    for run in sorted(runs, key=lambda r: -len(r.lineage)):
+        found[run] = _cost(run) + behind[run]
+        behind[run.start] = max(behind[run.start], found[run])
+    return found
 
 
 def cores() -> int:
@@ -870,26 +893,39 @@ class _Queue:
     "Runs that wait, the one with the longest chain of work behind it first, and those that failed, which stop only the runs that start from them."
 
     def __init__(self, missing: list[Run]):
-        self.waiting = sorted(missing, key=lambda r: -_chain(r, missing))
+        chains = _chains(missing)
+        self.waiting = dict.fromkeys(sorted(missing, key=lambda r: -chains[r]))  # in order, and found at once
         self.failed, self.left_out, self.lost = {}, [], Counter()
 
+    def free(self, busy: Iterable[Run] = ()) -> Iterator[Run]:
+        "Runs that could begin while others are busy; no more of them are looked for than are asked for."
+        busy = {*busy}
+        return (r for r in self.waiting if r.start not in self.waiting and r.start not in busy)
+
     def ready(self, busy: list[Run], room: int) -> list[Run]:
-        "Runs that could begin while others are busy and there is room. What was lost twice goes on alone, so that a third loss is its own."
-        held, suspects = {*self.waiting, *busy}, {r for r, times in self.lost.items() if times > 1}
-        free = sorted((r for r in self.waiting if r.start not in held), key=lambda r: r not in suspects)
-        return free[: max(0, (1 if suspects & held else room) - len(busy))]
+        "Those for which there is room. What was lost twice goes on alone, so that a third loss is its own."
+        suspects = {r for r, times in self.lost.items() if times > 1 and (r in self.waiting or r in busy)}
+        free, room = self.free(busy), (1 if suspects else room) - len(busy)
+        if suspects:
+            free = sorted(free, key=lambda r: r not in suspects)
+        return list(itertools.islice(free, max(0, room)))
 
     def fail(self, run: Run, error: Exception) -> None:
         "Note why a run failed, and leave out those that need it."
         self.failed[run] = error
-        self.left_out += [r for r in self.waiting if run in r.lineage[:-1]]
-        self.waiting = [r for r in self.waiting if run not in r.lineage]
+        self.waiting.pop(run, None)
+        gone = {run}
+        for r in list(self.waiting):  # each stands after the run it starts from
+            if r.start in gone:
+                gone.add(r)
+                self.left_out.append(r)
+                del self.waiting[r]
 
     def lose(self, run: Run) -> None:
         "Let a run wait again whose worker was killed, up to twice."
         self.lost[run] += 1
         if self.lost[run] < _LOSSES:
-            self.waiting.insert(0, run)
+            self.waiting = {run: None} | self.waiting
         else:
             why = f"its worker process was killed {_LOSSES} times (out of memory?); its checkpoint is kept"
             self.fail(run, RuntimeError(f"{run.name or address(run)}: {why}"))
@@ -916,7 +952,7 @@ def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
     queue, done, shown = _Queue(missing), 0.0, [0.0]
     while queue.waiting:
-        group = _next_group(store, queue.waiting, at_once)
+        group = _next_group(store, queue, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
 
         def report(step, steps=group[0].recipe.steps, done=done, cost=cost, names=names):
@@ -929,7 +965,8 @@ def _train_here(store, missing, device, at_once, line) -> int:
         except NotFinite as e:  # the others of its group go on without it
             queue.fail(group[e.which], e)
             continue
-        queue.waiting = [run for run in queue.waiting if run not in group]
+        for run in group:
+            queue.waiting.pop(run, None)
         done += cost
         for run in group if line else ():
             line.ended(done, run.name)
@@ -938,11 +975,12 @@ def _train_here(store, missing, device, at_once, line) -> int:
     return 0
 
 
-def _next_group(store, waiting: list[Run], at_once: int) -> list[Run]:
+def _next_group(store, queue: _Queue, at_once: int) -> list[Run]:
     "Runs that could begin now and be one program; the first the one with the longest chain of work behind it."
-    ready = sorted((r for r in waiting if r.start not in waiting), key=lambda r: -_chain(r, waiting))
-    first = program(store, ready[0])
-    return list(itertools.islice((r for r in ready if program(store, r) == first), at_once))
+    free = queue.free()
+    first = next(free)
+    same = program(store, first)
+    return [first, *itertools.islice((r for r in free if program(store, r) == same), at_once - 1)]
 
 # %% ../nbs/04_runs.ipynb #35752181
 class Stopped(RuntimeError):
@@ -1019,15 +1057,19 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
     # plain memory: a lock could be held by a worker that is killed
     steps, order = _context.RawArray("q", len(missing)), {run: i for i, run in enumerate(missing)}
     measure = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
+    work, begun = 0.0, {}  # of the runs that have ended; run → its place, of those that have not
 
     def done():
-        return sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in order.items())
+        return work + sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in begun.items())
 
     def begin(pool, run):
+        begun[run] = order[run]
         return pool.submit(_train_in_worker, store.root, run, address(run), order[run], device)
 
     def ended(run, process, peak):
-        peaks[process], steps[order[run]] = peak, run.recipe.steps
+        nonlocal work
+        peaks[process], work = peak, work + _cost(run)
+        del begun[run]
         if line:
             line.ended(done(), run.name)
 
@@ -1035,7 +1077,7 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
         with _pool(room, steps) as pool:
             if measure:
                 measure = False  # once, also if a worker is killed meanwhile
-                room = _most_at_once(pool, queue.waiting[0], room)
+                room = _most_at_once(pool, next(iter(queue.waiting)), room)
             for jobs in _work_off(queue, pool, room, begin, ended):
                 if line:
                     line.show(done(), ", ".join(run.name for run in jobs.values()))
@@ -1077,7 +1119,7 @@ def _work_off(queue: _Queue, pool, room: int, begin, ended):
             except BrokenProcessPool:  # since the last look
                 broken = True
                 break
-            queue.waiting.remove(run)
+            del queue.waiting[run]
         for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED)[0]:
             run = jobs.pop(job)
             try:
@@ -1132,7 +1174,7 @@ def provenance(
         training=training and {k: v for k, v in training.items() if k != "worker_memory"},
         seconds={k: round(v, 1) for k, v in seconds.items()},
         peak_memory_bytes=peak_memory() + (training["worker_memory"] if training else 0),
-        sources=source_digests(),
+        sources=_library(name.partition("wrapperlib.")[2] for name in sys.modules) | source_digests(),
         made=now(),
     )
 
