@@ -229,6 +229,17 @@ def _parameters(notebook: str) -> set[str]:
     }
 
 
+def _step(store: Store, run: Run) -> int:
+    "Where an unfinished run stands, by the second line of its checkpoint."
+    try:
+        with open(store.partial(run), "rb") as file:
+            file.readline(100)
+            step = json.loads(file.readline(2**26))["step"]  # a damaged file may be one endless line
+            return step if isinstance(step, int) and 0 < step < run.recipe.steps else 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
 def _left(store: Store, run: Run) -> float:
     "The share of its steps that a run's checkpoint has not done."
     return 1 - _step(store, run) / run.recipe.steps
@@ -796,17 +807,6 @@ class _Work:
 
 
 _LOOK_EVERY = 2  # seconds
-
-
-def _step(store: Store, run: Run) -> int:
-    "Where an unfinished run stands, by the second line of its checkpoint."
-    try:
-        with open(store.partial(run), "rb") as file:
-            file.readline(100)
-            step = json.loads(file.readline(2**26))["step"]  # a damaged file may be one endless line
-            return step if isinstance(step, int) and 0 < step < run.recipe.steps else 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
 
 
 def _train_on_node(root: Path, run: Run, expected: str, token: str, device: str, save_every: float) -> dict[str, int]:
