@@ -551,9 +551,9 @@ def test_numbers_that_nothing_can_be_done_with_are_named(tmp_path):
 
 @pytest.mark.parametrize("missing", [False, True], ids=["all there", "half missing"])
 def test_looking_through_five_thousand_runs_costs_what_it_costs_for_a_quarter_of_them(tmp_path, missing):
-    """By run, at most twice as much; and a status, with its reasons, a few times what it takes to list what is there.
+    """By run, at most twice as much; and a status, with its reasons, up to six times what it takes to list what is there.
 
-    Seconds of a CPU, and against each other: how many they are says more of the machine, see `faults` for one.
+    Seconds of a CPU, and against each other. Two seconds are allowed by `faults`, where listing took 0.3: six times that is no more.
     """
     took, many = {}, {}
     for seeds in (52, 209):
@@ -564,7 +564,7 @@ def test_looking_through_five_thousand_runs_costs_what_it_costs_for_a_quarter_of
     assert many[209] >= 5000
     for what in ("listing", "status"):
         assert took[209][what] / many[209] < 2 * took[52][what] / many[52], took
-    assert took[209]["status"] < 10 * took[209]["listing"] and took[209]["lookup"] < took[209]["status"], took
+    assert took[209]["status"] < 6 * took[209]["listing"] and took[209]["lookup"] < took[209]["status"], took
     table = sweep.status("smoke", 209, "cpu", str(out), experiments=[("exp_revival", {})])
     assert table.loc["all", "to train"] == (many[209] // 2 if missing else 0)
     assert table.loc["all", "reused"] == many[209] - table.loc["all", "to train"]

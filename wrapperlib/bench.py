@@ -272,7 +272,7 @@ def memory(
     found = optimisers(stack, run.recipe)
     ids = torch.from_numpy(run.stream.batch(run.recipe.batch, 0, 0))
     one_step(stack, found, ids[None], run.recipe, 0)
-    part, weights = parts(ids)[0], list(stack.parameters.values())
+    part, weights = parts(ids, stack.models[0])[0], list(stack.parameters.values())
     measured = dict(
         weights=_bytes(weights),
         moments=_bytes(m for o in found.values() for state in o.state.values() for m in state.values() if m.dim()),

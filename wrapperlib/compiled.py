@@ -306,6 +306,48 @@ class CompiledBlock(nn.Module):
         return self.residual(x + self.down(self.neurons(self.up(x).relu())))
 
 
+class _At(torch.autograd.Function):
+    "`x` and what of it stands at the answer's place, whose gradient is added to the other's instead of to zeros of the size of `x`."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.view_as(x), x[:, ANSWER].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, of_x, of_row):
+        of_x[:, ANSWER] += of_row  # nobody else has it: it is fresh from `_Asked`
+        return of_x
+
+
+class _Asked(torch.autograd.Function):
+    "Weights and weighted mean of `said` by what is asked of it; the gradient of `said`, by far the largest here, is one product and not four."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(said, asked, score):
+        weights = torch.baddbmm(score, asked, said.mT).softmax(-1)
+        return weights, weights @ said
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], output[0])
+
+    @staticmethod
+    def backward(ctx, of_weights, of_mean):
+        said, asked, weights = ctx.saved_tensors
+        of_weights = torch.baddbmm(of_weights, of_mean, said.mT)
+        of_score = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+        of_said = torch.cat([of_score, weights], 1).mT @ torch.cat([asked, of_mean], 1)
+        return of_said, of_score @ said, of_score
+
+
 class _Unwritten:
     """A residual stream that is never added up: who reads a channel reads what was written, through both matrices at once.
 
@@ -332,9 +374,10 @@ class _Unwritten:
         found = F.embedding(self.rows, table.flatten(0, 1))
         return found if self.said is None else found.add_(linear(self.said, weight @ self.through))
 
-    def at(self, place: int) -> Tensor:
-        "The stream at one place, shape (n, width)."
-        return self.token[self.ids[:, place]] + self.position[place] + self.said[:, place] @ self.through.T
+    def at_answer(self) -> Tensor:
+        "The stream where the answer stands, shape (n, width); after it, only `seen` can follow."
+        self.said, row = _At.apply(self.said)
+        return self.token[self.ids[:, ANSWER]] + self.position[ANSWER] + row @ self.through.T
 
     def seen(self, by: CompiledAttention, x: Tensor) -> Tensor:
         "What a head mixes for the answer, whose stream is `x`: keys and values need not be made for one who asks. Shape (n, size)."
@@ -344,12 +387,12 @@ class _Unwritten:
         asked = torch.einsum("nhs,hsw->nhw", q, by.key.weight.unflatten(0, (heads, -1)))  # of the stream's channels
         letters = self.ids[:, None].expand(-1, heads, -1)
         score = (asked @ self.token.T).gather(-1, letters) + asked @ self.position.T  # (n, heads, t)
-        score = score + (asked @ self.through) @ self.said.mT + (q * by.key.bias.view(heads, -1)).sum(-1, keepdim=True)
+        score = score + (q * by.key.bias.view(heads, -1)).sum(-1, keepdim=True)
         if by.causal:
             score = score.masked_fill(torch.arange(score.shape[-1], device=x.device) > ANSWER, -math.inf)
-        weights = score.softmax(-1)
+        weights, mean = _Asked.apply(self.said, asked @ self.through, score)
         of_letters = weights.new_zeros(*weights.shape[:2], len(self.token)).scatter_add(-1, letters, weights)
-        mean = (weights @ self.said) @ self.through.T + weights @ self.position + of_letters @ self.token
+        mean = mean @ self.through.T + weights @ self.position + of_letters @ self.token
         value = by.value.weight.unflatten(0, (heads, -1))
         return torch.einsum("nhw,hsw->nhs", mean, value).flatten(1) + by.value.bias
 
@@ -360,6 +403,7 @@ _PARTS = {CompiledBlock, CompiledAttention, Linear, Site, nn.Embedding, nn.Modul
 class Compiled(nn.Module):
     "A compiled program as a torch model, with the sites of the GPT: embed, blocks.i.attention, attention_out, neurons, residual."
 
+    portion = 2**14  # tokens trained on at once: layers are so narrow that their calls, and products of weights, cost more than the cache
     def __init__(
         self,
         weights: Weights,  # as from `load_weights` or `compiled_weights`
@@ -411,7 +455,7 @@ class Compiled(nn.Module):
             by = block.attention
             stream.write(by.mix(*stream.read(by.query, by.key, by.value).chunk(3, -1)), by.out)
             stream.write(stream.read(block.up).relu(), block.down)
-        x = stream.at(ANSWER)
+        x = stream.at_answer()
         x = x + last.attention.out(stream.seen(last.attention, x))
         return (x + last.down(last.up(x).relu())).index_select(-1, self.channels)
 

@@ -406,7 +406,7 @@ def losses_on(
     "Mean cross-entropy in nats over all tokens of the records, and over those of their stories alone."
     ids, is_story = map(torch.from_numpy, _in_rows(shards, n, length))
     device, logs = model.token.weight.device, []
-    for part in parts(ids):
+    for part in parts(ids, model):
         part = part.to(device)
         with _autocast(device):
             said = model(part[:, :-1]).flatten(0, 1).float()

@@ -104,6 +104,7 @@ class LlamaAttention(nn.Module):
         self.weights = Site()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: bool = False, cache: Cache | None = None) -> Tensor:
+        "What the heads write, shape (n, t, width), or (n, 1, width) for the last position alone."
         width = x.shape[-1]
         if last and x.shape[1] > 1:  # queries for the last position alone
             wq, wkv = self.qkv.weight.split([width, 2 * width])
@@ -141,6 +142,7 @@ class LlamaBlock(nn.Module):
         self.attention_out, self.neurons, self.residual = Site(), Site(), Site()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, last: bool = False, cache: Cache | None = None) -> Tensor:
+        "The stream after this block, shape (n, t, width), or (n, 1, width) at the last position alone."
         added = self.attention_out(self.attention(self.norm1(x), cos, sin, last, cache))
         x = (x[:, -1:] if last else x) + added
         gate, through = self.up(self.norm2(x)).chunk(2, -1)

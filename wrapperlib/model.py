@@ -46,6 +46,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNN(torch.autograd.Function):
+    "`_product` with gradients, the products laid out so that oneDNN is quick."
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         x = x.contiguous()  # rows with gaps between them, as the last position's are, take twenty times as long
@@ -80,6 +82,7 @@ class Linear(nn.Linear):
     "A linear map by `linear`."
 
     def forward(self, x: Tensor) -> Tensor:
+        "Shape (…, inputs) to (…, outputs)."
         return linear(x, self.weight, self.bias)
 
 # %% ../nbs/02_model.ipynb #50060d9a
@@ -97,6 +100,7 @@ class Attention(nn.Module):
         self.weights = Site()
 
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        "What the heads write, shape (n, t, width), or (n, 1, width) for the last position alone."
         width = x.shape[-1]
         if last:  # queries for the last position alone
             wq, wkv = self.qkv.weight.split([width, 2 * width])
@@ -132,6 +136,7 @@ class Block(nn.Module):
         self.attention_out, self.neurons, self.residual = Site(), Site(), Site()
 
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        "The stream after this block, shape (n, t, width), or (n, 1, width) at the last position alone."
         added = self.attention_out(self.attention(self.norm1(x), last))
         x = (x[:, -1:] if last else x) + added
         hidden = self.neurons(F.gelu(self.up(self.norm2(x))))
