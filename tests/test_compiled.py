@@ -19,7 +19,7 @@ from wrapperlib.letters import TASKS, Letters
 from wrapperlib.model import Linear, change, read, site_names
 from wrapperlib.pruning import scores
 from wrapperlib.runs import Store, address, source_digests, train_run
-from wrapperlib.training import Stack, accuracy
+from wrapperlib.training import Stack, accuracy, one_step, optimisers
 
 ALPHABET = [chr(ord("a") + i) for i in range(26)]
 PROGRAMS = dict(
@@ -66,6 +66,19 @@ def test_the_shipped_weights_are_what_the_compiler_makes(recompiled, name):
         assert [ours.about["residual"][i] for i in (97, 148)] == ["one", "tokens:a"]
 
 
+def same_in_jax(model, theirs, text):
+    "Embeddings and what every block writes, to 1e-5, and the answer."
+    out, blocks = theirs.apply([BOS, *text]), range(len(model.blocks))
+    reference = {"embed": out.input_embeddings}
+    for i in blocks:
+        reference[f"blocks.{i}.attention_out"] = out.layer_outputs[2 * i]
+        reference[f"blocks.{i}.residual"] = out.residuals[2 * i + 1]
+    seen = read(model, model.encode([text]), [*reference])
+    for site, x in reference.items():
+        torch.testing.assert_close(seen[site], torch.tensor(np.asarray(x)), rtol=0, atol=1e-5, msg=site)
+    assert said(model, [text]) == [str(out.decoded[ANSWER])]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_block_is_jaxs(programs, name):
     pytest.importorskip("tracr")
@@ -73,18 +86,33 @@ def test_every_block_is_jaxs(programs, name):
 
     program, alphabet, length = PROGRAMS[name]()
     theirs = compiling.compile_rasp_to_model(program, set(alphabet), length, compiler_bos=BOS, compiler_pad=PAD)
-    model, chance = programs[name], np.random.default_rng(0)
+    chance = np.random.default_rng(0)
     for text in (*drawn(chance, alphabet, min(length, len(alphabet)), 2, False), alphabet[0] * 2):
-        out = theirs.apply([BOS, *text])
-        wanted = ["embed", *(f"blocks.{i}.{s}" for i in range(3) for s in ("attention_out", "residual"))]
-        seen = read(model, model.encode([text]), wanted)
-        reference = {"embed": out.input_embeddings}
-        for i in range(3):
-            reference[f"blocks.{i}.attention_out"] = out.layer_outputs[2 * i]
-            reference[f"blocks.{i}.residual"] = out.residuals[2 * i + 1]
-        for site, x in reference.items():
-            torch.testing.assert_close(seen[site], torch.tensor(np.asarray(x)), rtol=0, atol=1e-5, msg=site)
-        assert said(model, [text]) == [str(out.decoded[ANSWER])]
+        same_in_jax(programs[name], theirs, text)
+
+
+def first_two(rasp):
+    "The first letter and the second, found by two heads of one block."
+
+    def at(place):
+        there = rasp.Select(rasp.indices, rasp.Map(lambda i: place, rasp.indices), rasp.Comparison.EQ)
+        return rasp.Aggregate(there, rasp.tokens)
+
+    return rasp.SequenceMap(lambda x, y: x + y, at(0), at(1)).named("answer")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_and_so_are_those_of_a_program_with_two_heads(causal):
+    pytest.importorskip("tracr")
+    from tracr.compiler import compiling
+    from tracr.rasp import rasp
+
+    theirs = compiling.compile_rasp_to_model(first_two(rasp), set("abc"), 5, causal, BOS, PAD)
+    model = Compiled(compiled.compiled_weights(first_two(rasp), "abc", 5, causal)).eval()
+    assert model.about["heads"] == 2 and model.about["causal"] == causal
+    for text in ("abcab", "cb", "bca"):
+        same_in_jax(model, theirs, text)
+        assert said(model, [text]) == [text[:2]]
 
 
 def test_all_short_texts_are_counted(programs):
@@ -186,6 +214,28 @@ def test_a_stream_that_is_not_written_gives_the_same_answers_and_gradients(name,
     assert called == [model]
     for what, x in written.items():
         torch.testing.assert_close(apart[what], x, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["counter", "max"])
+def test_a_stack_of_programs_is_the_loop_over_them(name):
+    "Twenty steps, in float64; in float32, numbers of ten thousand leave nothing of 1e-6."
+    run = compiled_runs.fine_tuning(compiled_runs.SIZES["smoke"], name, 0.0)
+    recipe, seeds = replace(run.recipe, steps=20, batch=4), (0, 1)
+    ids = [torch.stack([torch.from_numpy(run.stream.batch(4, s, step)) for s in seeds]) for step in range(20)]
+
+    def trained(seeds, rows):
+        stack = Stack([run.shape.model(s).double() for s in seeds])
+        found = optimisers(stack, recipe)
+        losses = torch.stack([one_step(stack, found, rows(some), recipe, step) for step, some in enumerate(ids)])
+        stack.write_back()
+        return losses, [dict(model.named_parameters()) for model in stack.models]
+
+    losses, together = trained(seeds, lambda some: some)
+    for s in seeds:
+        alone, [one] = trained([s], lambda some, s=s: some[s : s + 1])
+        torch.testing.assert_close(losses[:, s], alone[:, 0], rtol=0, atol=1e-6)
+        for what, p in one.items():
+            torch.testing.assert_close(together[s][what], p, rtol=0, atol=1e-6, msg=what)
 
 
 @pytest.mark.parametrize("name, loose", [("counter", 2e-3), ("max", 1e-5)])

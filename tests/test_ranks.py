@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import REPO
-from wrapperlib import sweep
+from wrapperlib import deletion, sweep
 from wrapperlib.checks import BadInput
 from wrapperlib.protocols import SCALES, pretraining
 from wrapperlib.runs import Store, train_all, train_run
@@ -17,7 +17,7 @@ from wrapperlib.training import log_spaced
 SCRIPT = """
 import sys
 import torch.distributed as dist
-from tests.test_ranks import run
+from tests.test_ranks import run, tales_run
 from wrapperlib.runs import Store, train_run
 from wrapperlib.training import ranks
 
@@ -27,7 +27,8 @@ def report(step):
 
 dist.init_process_group("gloo")
 assert ranks()[1] == int(sys.argv[3])
-train_run(Store(sys.argv[1]), run(int(sys.argv[4])), report=report, save_every=0)
+asked = tales_run(sys.argv[5]) if sys.argv[5:] else run(int(sys.argv[4]))
+train_run(Store(sys.argv[1]), asked, report=report, save_every=0)
 dist.destroy_process_group()
 """
 
@@ -38,16 +39,23 @@ def run(batch: int = 7):
     return replace(made, recipe=replace(made.recipe, steps=40, batch=batch), measures=made.measures[:1])
 
 
+def tales_run(place):
+    "Pretraining of the language model of stories, one step for each of a few batches."
+    size = deletion.SIZES["smoke"]
+    made = deletion.pretraining(size, deletion.corpus(size, "tales", place))
+    return replace(made, recipe=replace(made.recipe, steps=20), measures=())
+
+
 def torchrun(processes: int, *what):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *what]
     settings = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
     return subprocess.run([*map(str, command)], cwd=REPO, env=settings, capture_output=True, text=True, timeout=300)
 
 
-def together(folder, processes: int, stop_at: int = 0, batch: int = 7):
+def together(folder, processes: int, stop_at: int = 0, batch: int = 7, *place):
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    return torchrun(processes, script, folder / "runs", stop_at, processes, batch)
+    return torchrun(processes, script, folder / "runs", stop_at, processes, batch, *place)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +65,8 @@ def alone(tmp_path_factory):
     return store
 
 
-def values(store):
-    log = store.log(run())
+def values(store, of=None):
+    log = store.log(of or run())
     return log[log["metric"] == "loss"].set_index("step")["value"]
 
 
@@ -69,6 +77,17 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, alone):
     assert list(ours.index) == log_spaced(40)[1:] == list(theirs.index)
     assert (ours - theirs).abs().max() < 1e-5
     assert Store(tmp_path / "runs").meta(run())["processes"] == 2
+
+
+def test_and_so_they_do_of_the_language_model_that_torchrun_is_for(tmp_path):
+    pytest.importorskip("tokenizers")
+    asked, alone = tales_run(tmp_path), Store(tmp_path / "alone")
+    train_run(alone, asked)
+    done = together(tmp_path, 2, 0, 0, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = values(Store(tmp_path / "runs"), asked), values(alone, asked)
+    assert list(ours.index) == log_spaced(20)[1:] == list(theirs.index)
+    assert (ours - theirs).abs().max() < 1e-5
 
 
 def test_it_goes_on_with_another_number_of_processes(tmp_path, alone):

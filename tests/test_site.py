@@ -161,7 +161,13 @@ def test_the_ledger_has_every_claim_and_leads_to_its_cell(site, pages):
 def test_a_folder_of_results_that_appears_has_a_page_without_anything_else(tmp_path):
     for name in ("docs", "nbs", "wrapperlib", "README.md"):
         (tmp_path / name).symlink_to(REPO / name)
-    for name in ("exp_revival", "exp_behavior", "exp_probing", "exp_pruning", "exp_stories"):  # whose figures pages show
+    for name in (
+        "exp_revival",
+        "exp_behavior",
+        "exp_probing",
+        "exp_pruning",
+        "exp_stories",
+    ):  # whose figures pages show
         shutil.copytree(REPO / "outputs" / name / "desk", tmp_path / "outputs" / name / "desk")
     shutil.copytree(REPO / "outputs/exp_revival/desk", tmp_path / "outputs/exp_revival/paper")
     (tmp_path / "docs").unlink()

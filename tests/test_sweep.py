@@ -413,6 +413,7 @@ def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_
     assert shared["hours on 1"].equals(alone["hours on 4"].rename("hours on 1"))
     assert shared["hours on 4"].equals(alone["hours on 16"].rename("hours on 4"))
     assert whole.equals(alone)
+    assert alone.loc["exp_revival/smoke", "figures"] == "Fig. 9" and alone.loc["all", "figures"] == ""
     with pytest.raises(BadInput, match=r"gpus is 4; allowed: numbers from 0 to 1$"):
         sweep.plan("smoke", device="cpu", experiments=asked, gpus=4)
     monkeypatch.setattr(sweep, "EXPERIMENTS", asked)
@@ -440,6 +441,8 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["grid", "none.yaml", "--seeds", "1"], "--seeds is '1'; allowed: nothing after grid"),
         (["grid", "none.yaml", "--data", "hub"], "--data is 'hub'; allowed: nothing after grid"),
         (["grid", "none.yaml", "--fail-fast"], "--fail-fast is True; allowed: nothing after grid"),
+        (["train", "exp_revival", "--workers", "2"], "--workers is '2'; allowed: nothing after train"),
+        (["train", "exp_revival", "--engine", "ray"], "--engine is 'ray'; allowed: nothing after train"),
     ):
         assert sweep.main(arguments) == 2
         error = capsys.readouterr().err

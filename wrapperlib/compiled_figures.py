@@ -105,10 +105,10 @@ _BARS = {
 _BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
 
 
-def _guessed(axes, accuracy: float):
+def _guessed(axes, accuracy: float, label: str | None = None):
     "A thin line at what giving the most frequent answer always would come to."
     for ax in axes:
-        ax.axhline(accuracy, color="0.5", lw=0.7, ls=(0, (6, 4)), zorder=0)
+        ax.axhline(accuracy, color="0.5", lw=0.7, ls=(0, (6, 4)), zorder=0, label=label)
 
 
 def single_weights(
@@ -235,7 +235,7 @@ def revival(
             ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
         ax.set_xscale("symlog", linthresh=1)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
-    _guessed(axes, guess["acc_opt"])
+    _guessed(axes, guess["acc_opt"], "most frequent answer")
     axes[0].set_ylabel("accuracy, O_PT (C_Te = 0)")
     axes[-1].legend(**_BESIDE, frameon=False)
     return fig

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -98,6 +99,13 @@ class Experiment:
         return Path(self.path.stem) / results_folder(
             p.scale, getattr(p, "task", "C"), getattr(p, "pretraining", "full")
         )
+
+    @property
+    def figures(self) -> str:
+        "What of the paper it makes, as its first cell says after its question; nothing for an experiment of one's own that does not say so."
+        first = json.loads(self.path.read_text())["cells"][0]
+        found = re.search(r"\? (.*?) of the paper", "".join(first["source"]), re.DOTALL)
+        return found[1] if found else ""
 
     @property
     def runs(self) -> list[Run]:
@@ -843,20 +851,21 @@ def plan(
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     gpus: float = 0.0,  # of each run, as in `Ray`: with 0.25 four train on a worker; 0: one does
 ) -> pd.DataFrame:
-    "Hours of training on 1, 4 and 16 workers, the memory of a run, GiB, and what is not counted; a row for each experiment, and one for all. Raises `BadInput`."
+    "What an experiment makes of the paper, hours of training on 1, 4 and 16 workers, the memory of a run, GiB, and what is not counted; a row for each, and one for all. Raises `BadInput`."
     share_of_gpu("gpus", gpus)
     asked = _read_all(experiments, scale, seeds, device, "outputs", 0, data)
     wanted = {str(e.folder): e.runs for e in asked}
     wanted["all"] = list(dict.fromkeys(r for of in wanted.values() for r in of))
     kinds = measured_kinds(wanted["all"], PARAMETERS["device"]("device", device))
     notes = {str(e.folder): e.waits for e in asked if e.waits}
+    figures = {str(e.folder): e.figures for e in asked}
     notes["all"] = "without " + ", ".join(notes) if notes else ""
     rows = {}
     for name, of in wanted.items():
         seconds = {run: seconds_of(run, kinds[kind(run)][0]) for run in of}
         hours = {f"hours on {n}": makespan(seconds, _runs_at_once(n, gpus)) / 3600 for n in WORKERS}
         memory = max((kinds[kind(run)][1] for run in of), default=0) / 2**30
-        rows[name] = {"runs": len(of)} | hours | {"GiB of a run": memory, "note": notes.get(name, "")}
+        rows[name] = {"figures": figures.get(name, ""), "runs": len(of)} | hours | {"GiB of a run": memory, "note": notes.get(name, "")}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("experiment")
 
 
@@ -941,12 +950,16 @@ def main(
 
 _UNLESS_GIVEN = dict(file=None, scale="desk", seeds="1", device="auto", out="outputs", workers="0", data="")
 _UNLESS_GIVEN |= dict(fail_fast=False, engine="local", address="", gpus="0")
+_REFUSED = dict(
+    grid=(("scale", "seeds", "data", "fail_fast"), "whose file says what is trained"),
+    train=(("workers", "fail_fast", "engine", "address", "gpus"), "whose processes torchrun starts and counts"),
+)
 
 
 def _do(given: dict) -> int:
-    for name in ("scale", "seeds", "data", "fail_fast") if given["what"] == "grid" else ():
-        option, allowed = f"--{name.replace('_', '-')}", "nothing after grid, whose file says what is trained"
-        check(name not in given, option, given.get(name), allowed)
+    refused, why = _REFUSED.get(given["what"], ((), ""))
+    for name in refused:
+        check(name not in given, f"--{name.replace('_', '-')}", given.get(name), f"nothing after {given['what']}, {why}")
     a = argparse.Namespace(**_UNLESS_GIVEN | given)
     common = dict(scale=a.scale, seeds=_plain(a.seeds), device=a.device, data=a.data)
     check(
