@@ -456,6 +456,24 @@ def test_the_experiment_runs(tmp_path):
     assert (place / "fig10_attention.png").is_file()
 
 
+def test_a_trained_read_out_begins_as_the_programs_own_and_a_lost_cell_has_no_distance():
+    program, ids = Program("max", 1e-4).model(), torch.from_numpy(Letters("max", "opt").batch(16, 0, 0))[:, :-2]
+    own = program(ids, last=True)
+    read_out = compiled_runs._ReadOut(program)
+    torch.testing.assert_close(read_out(ids, last=True), own)
+    assert {"head.weight", "program.token.weight"} <= {
+        name for name, p in read_out.named_parameters() if p.requires_grad
+    }
+    cell = dict(task="max", rate="η_M", c_tr=0.0, metric="acc_opt", before=1.0, paper=0.5)
+    rows = [
+        cell | dict(reading=name, ours=ours)
+        for name, ours in (("kept", 0.4), ("kept", 0.8), ("lost", 0.4), ("lost", None))
+    ]
+    found = compiled_runs.fit(pd.DataFrame(rows)).loc["max"]
+    assert found.loc["kept", "apart"] == pytest.approx(20) and np.isnan(found.loc["lost", "apart"])
+    assert found.loc["lost", "lost"] == 0.25 and found.loc["kept", "lost"] == 0
+
+
 def test_readings_run(tmp_path):
     done = papermill(tmp_path, "exp_tracr_readings", "-p", "scale", "smoke", "-p", "readings", "1")
     assert done.returncode == 0, done.stderr[-3000:]

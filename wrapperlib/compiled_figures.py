@@ -270,7 +270,7 @@ def readings(
     fig, axes = _in_a_row(len(tasks), 4, title=f"Readings against the paper (steps of {scale})")
     for ax, task in zip(axes, tasks):
         here = fit.loc[task].iloc[::-1]
-        ax.barh(here.index, here["apart"], color=["0.7" if lost else "C0" for lost in here["lost"]])
+        ax.barh(here.index, here["apart"].fillna(0))
         for y, (before, lost) in enumerate(zip(here["opt_before"], here["lost"])):
             ax.text(
                 1, y, f"{100 * before:.0f} % before" + (f", {lost:.0f} lost" if lost else ""), va="center", fontsize=7

@@ -25,7 +25,7 @@ from .checks import one_of, whole
 from .claims import Claim, OneSeed, Value, _most
 from .compiled import ANSWER, BOS, Compiled, Program, load_weights, weight_label
 from .letters import TASKS, Letters
-from .model import read
+from .model import Linear, read
 from .protocols import rates_of, share_list
 from .runs import Run, Store
 from .training import Measure, Momentum, NotFinite, accuracy, train
@@ -182,6 +182,7 @@ class Reading:
     clip: float = 1.0  # largest gradient norm
     momentum: float = 0.9
     drawn: int | None = None  # letters in a text
+    read_out: bool = False  # whether what reads the answer off the stream is trained, too
 
 
 NEVER = 1e9  # a gradient norm that clipping never meets
@@ -195,6 +196,9 @@ READINGS = (
     Reading("0.001, no clipping", noise=1e-3, clip=NEVER),
     Reading("momentum 0.5", momentum=0.5),
     Reading("10 letters", drawn=10),
+    Reading("10 letters, momentum 0.5", drawn=10, momentum=0.5),
+    Reading("0.0003, momentum 0.5", noise=3e-4, momentum=0.5),
+    Reading("trained read-out", read_out=True),
 )
 CELLS = (
     ("counter", "η_M", 0.0),
@@ -203,6 +207,22 @@ CELLS = (
     ("max", "η_VS", 0.0),
     ("max", "η_M", 0.0),
 )
+
+
+class _ReadOut(torch.nn.Module):
+    "A program whose answers are read by a matrix of weights, which begins as tracr's choice of channels."
+
+    def __init__(self, program: Compiled):
+        super().__init__()
+        channels, width = program.channels, len(program.about["residual"])
+        program.channels = torch.arange(width)  # so that it says its whole stream
+        self.program, self.head = program, Linear(width, len(channels), bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.eye(width)[channels])
+
+    def forward(self, ids: torch.Tensor, last: bool = False) -> torch.Tensor:
+        "As `Compiled.forward`."
+        return self.head(self.program(ids, last))
 
 
 def try_reading(
@@ -214,6 +234,7 @@ def try_reading(
     "A short fine-tuning under a reading, beside the paper's cell: rows of reading, task, rate, c_tr, c_te, metric, before, ours, paper."
     task, rate, c_tr = cell
     model = Program(TASKS[task].program, reading.noise).model(seed)
+    model = _ReadOut(model) if reading.read_out else model
     recipe = replace(_recipe(size, rate), clip=reading.clip, momentum=reading.momentum)
     drawn = min(reading.drawn or 99, TASKS[task].drawn)
     tests = {(f"acc_{a}", c): Measure("", Letters(task, a, c, 1, drawn), c, size.samples).samples() for a, c in _BOTH}
@@ -231,12 +252,11 @@ def try_reading(
 def fit(
     table: pd.DataFrame,  # rows as from `try_reading`
 ) -> pd.DataFrame:
-    "For each reading and task: accuracy for O_PT before, mean distance from the paper in points, and cells whose loss was not finite."
+    "For each reading and task: accuracy for O_PT before, mean distance from the paper in points (none if a cell is lost), and cells whose loss was not finite."
     rows = table.assign(apart=(100 * (table.ours - table.paper)).abs(), lost=table.ours.isna() / 4)
     rows["opt_before"] = rows["before"].where(rows["metric"] == "acc_opt")
-    return rows.groupby(["task", "reading"], sort=False)[["opt_before", "apart", "lost"]].agg(
-        dict(opt_before="mean", apart="mean", lost="sum")
-    )
+    of = dict(opt_before="mean", apart=lambda x: x.mean(skipna=False), lost="sum")
+    return rows.groupby(["task", "reading"], sort=False).agg(of)
 
 # %% ../nbs/18_compiled_runs.ipynb #e040b4df
 @lru_cache

@@ -869,7 +869,8 @@ def plan(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("experiment")
 
 
-NOT_COUNTED = "Not counted: probing, pruning, what models write and are asked, and the trainings of exp_tracr_readings, which are not kept (at scale paper 45 of full length)."
+_TRIED = len(compiled_runs.READINGS) * len(compiled_runs.CELLS)
+NOT_COUNTED = f"Not counted: probing, pruning, what models write and are asked, and the trainings of exp_tracr_readings, which are not kept (at scale paper {_TRIED} of full length)."
 AT_BEST = "Minutes are at best: they are divided by all cores, and two processes on two cores of one machine measured 1.6 times one."
 NOT_PLANNED = (
     f"{NOT_COUNTED} "
