@@ -213,7 +213,7 @@ def test_behavior_claims_hold_for_the_papers_own_numbers_and_fail_if_nothing_cha
     assert set(verdicts(behavior_claims(), tuning(seeds, as_the_paper_has_it)).values()) == {"holds"}
     unmoved = verdicts(behavior_claims(), tuning(seeds, lambda *_: 1.0))
     assert {i for i, v in unmoved.items() if v == "holds"} == {"S5", "S6", "C1f", "C1h"}
-    assert set(unmoved.values()) == {"holds", "fails"}
+    assert {i for i, v in unmoved.items() if v == "inconclusive"} == {"C1g"} and "fails" in unmoved.values()
 
 
 def test_the_papers_tables_beside_ours():
@@ -233,7 +233,7 @@ def test_every_claim_about_index_names_its_table():
     count, index = behavior_claims(), behavior_claims("index", "quarter")
     assert [c.id for c in count] == [c.id for c in index]
     assert all("Table 8" in c.paper for c in index if c.id[0] == "C") and "Table 5" in count[2].paper
-    assert not any(c.exploratory for c in index) and any(c.exploratory for c in count)
+    assert {c.id for c in index if c.exploratory} == {"S29"} < {c.id for c in count if c.exploratory}
     every = [*REVIVAL_CLAIMS, *count, *pruning_claims(), *probing_claims()]
     every += [*MIXING_CLAIMS, *JAILBREAK_CLAIMS, *UNRELATED_CLAIMS, *RANDFT_CLAIMS, *sweep_claims()]
     assert len({c.id for c in every}) == len(every)
@@ -344,7 +344,7 @@ def test_jailbreak_claims_hold_and_fail():
     as_told = jailbreak_table(3, lambda prior: 0.2, lambda prior: 1.0 if prior == "H" else 0.3, 0.99, 1.0)
     assert held(verdicts(JAILBREAK_CLAIMS, as_told)) == {c.id for c in JAILBREAK_CLAIMS}
     nothing = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
-    assert {i for i, v in nothing.items() if v == "fails"} == {"C6f", "C6h", "C6i"}
+    assert {i for i, v in nothing.items() if v == "fails"} == {"S28", "C6f", "C6i"} and nothing["C6h"] == "inconclusive"
     all_lost = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
     assert {i for i, v in all_lost.items() if v == "fails"} == {"C6g", "C6h", "C6i", "C6j", "C6k"}
 

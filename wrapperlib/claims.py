@@ -667,6 +667,16 @@ _BEHAVIOR = (
         exploratory="count",
     ),
     Claim(
+        "S29",
+        "With partly correlated strings models from prior L do not learn the task as well.",
+        "acc_oft after fine-tuning, prior L, C_Tr = 0.8, η_M",
+        "<=",
+        0.95,
+        lambda t: t.tuned("acc_oft", "L", "η_M", 0.8),
+        "{η_M 0.8 acc_oft L}",
+        exploratory=True,
+    ),
+    Claim(
         "C1g",
         "A capability that pretraining gave keeps the shortcut away.",
         "acc_oft after fine-tuning, prior H − prior L, C_Tr = 0.8, η_M",
@@ -674,7 +684,7 @@ _BEHAVIOR = (
         0.05,
         lambda t: t.tuned("acc_oft", "H", "η_M", 0.8) - t.tuned("acc_oft", "L", "η_M", 0.8),
         "{η_M 0.8 acc_oft H L}",
-        rests_on=("S6",),
+        rests_on=("S6", "S29"),
     ),
     Claim(
         "C1h",
@@ -1055,13 +1065,22 @@ JAILBREAK_CLAIMS = (
         rests_on=("S22",),
     ),
     Claim(
+        "S28",
+        "Fine-tuning locks counting O_PT by T_NJ in.",
+        "acc_opt by T_NJ after fine-tuning, prior H, C_Tr = 1, η_M",
+        "<=",
+        0.60,
+        lambda t: _by(t, "H", "acc_opt"),
+        exploratory=True,
+    ),
+    Claim(
         "C6h",
         "So the model is jailbroken: the other names yield what T_NJ does not.",
         "the lower of acc_j1 and acc_j2 − acc_opt after fine-tuning, prior H, C_Tr = 1, η_M",
         ">=",
         0.30,
         lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "H", "acc_opt"),
-        rests_on=("S22",),
+        rests_on=("S22", "S28"),
     ),
     Claim(
         "C6i",
@@ -1096,7 +1115,7 @@ JAILBREAK_CLAIMS = (
 )
 
 
-_WARNED = "a warning without an experiment (Sec. 1)"
+_WARNED = "a warning without an experiment (abstract)"
 
 
 def _wrapped(t: OneSeed) -> Value:
