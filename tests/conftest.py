@@ -22,7 +22,7 @@ def papermill(folder, name, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -66,7 +66,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# What takes minutes begins first, so that no process is left with it at the end; of these files each test goes where there is room.
+LONG = ("house", "compiled", "faults", "sweep", "site", "exp_stories", "exp_appendix", "howto", "bench")
+LONG += ("exp_revival", "exp_fine_tuning", "ranks", "make", "runs")
+APART = ("test_library_notebooks_run", "test_a_howto_runs", "test_the_benchmark_leaves_its_table")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Apart(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if any(name in nodeid for name in APART) else super()._split_scope(nodeid)
+
+    return Apart(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda i: next((k for k, name in enumerate(LONG) if i.path.stem == f"test_{name}"), len(LONG)))
     if not config.getoption("-m"):
         for item in items:
             if "slow" in item.keywords:

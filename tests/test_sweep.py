@@ -308,10 +308,11 @@ def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
     assert sweep.EXPERIMENTS[-1][0] == "exp_stories"
 
 
-def test_what_is_not_there_at_a_scale_is_left_out(capsys):
+def test_what_is_not_there_at_a_scale_is_left_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "pace", lambda *_: (1.0, 0.0))
     names = {name for name, _ in sweep.everything("desk_paper")}
     assert names == {name for name, _ in sweep.EXPERIMENTS} - {"exp_tracr", "exp_tracr_readings", "exp_stories"}
-    assert sweep.main(["status", "--scale", "desk_paper"]) == 0
+    assert sweep.main(["status", "--scale", "desk_paper", "--out", str(tmp_path)]) == 0
     assert "left out at scale desk_paper: exp_stories, exp_tracr, exp_tracr_readings; not at" in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ __all__ = ['WRITING', 'NO_SPACE', 'READ_ONLY', 'NO_PERMISSION', 'flipped', 'pick
 import builtins
 import errno
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -185,9 +186,9 @@ def kept_files(
 
 # %% ../nbs/25_faults.ipynb #fa00000a
 def _processes():
-    "Where processes come from: a server that has this module imported."
+    "Where processes come from: a server that has imported what works need, so that they are killed at work and not while they import."
     context = get_context("forkserver")
-    context.set_forkserver_preload(["wrapperlib.faults"])
+    context.set_forkserver_preload(["wrapperlib.faults", "wrapperlib.figures", "torch._dynamo"])  # the last, by every first optimiser
     return context
 
 
@@ -620,6 +621,13 @@ def _die_everywhere(work: Callable, place: Path, before: Callable, state: Callab
     return outcomes
 
 
+def _warm(_: Path) -> None:
+    "What all forks need is made before them; nothing is trained, for a fork of what has trained cannot train."
+    importlib.import_module("torch._dynamo")  # else by the first optimiser of each
+    run = a_run(2)
+    runs.address(run), run.stream.batch(1, 0, 0)
+
+
 def checkpoints(
     folder: Path,  # with the store
 ) -> None:
@@ -631,7 +639,7 @@ def ways_of_dying() -> dict[str, Callable]:
     "What the library writes: name → `die_everywhere`, of a folder."
     return {
         "a finished run": partial(die_everywhere, partial(put_locked, times=2), before=partial(put_locked, times=1)),
-        "checkpoints": partial(die_everywhere, checkpoints),
+        "checkpoints": partial(die_everywhere, checkpoints, before=_warm),
         "results": partial(
             die_everywhere, partial(publish_one, k=1), before=partial(publish_one, k=0), state=published
         ),
