@@ -25,7 +25,9 @@ def make(*arguments):
 @pytest.mark.parametrize(
     "given, says",
     [
+        ("SCALE=huge", "scale is 'huge'; allowed: one of smoke, desk, desk_paper, paper"),
         ("SEEDS=", "seeds is ''; allowed: whole numbers from 1"),
+        ("SEEDS=three", "seeds is 'three'; allowed: whole numbers from 1"),
         ("DEVICE=tpu", "device is 'tpu'; allowed: auto or one that is there"),
     ],
 )

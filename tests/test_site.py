@@ -106,6 +106,7 @@ def test_there_is_a_page_for_every_notebook_and_every_result(site):
     for path in [
         *REPO.glob("nbs/[0-9h]*.ipynb"),
         *REPO.glob("outputs/*/desk*/*.ipynb"),
+        *REPO.glob("outputs/*/paper*/*.ipynb"),
         *REPO.glob("outputs/bench_*/*.ipynb"),
     ]:
         assert (site / path.relative_to(REPO).with_suffix(".html")).is_file(), path
@@ -150,7 +151,7 @@ def test_notebooks_are_read_without_what_is_for_tools(pages):
 
 def test_the_ledger_has_every_claim_and_leads_to_its_cell(site, pages):
     ledger = (site / "claims.html").read_text()
-    for path in REPO.glob("outputs/exp_*/desk*/claims.json"):
+    for path in [*REPO.glob("outputs/exp_*/desk*/claims.json"), *REPO.glob("outputs/exp_*/paper*/claims.json")]:
         name, folder = path.parts[-3:-1]
         for claim in json.loads(path.read_text()):
             row = re.search(rf'<tr id="{name}-{folder}-{claim["id"]}">.*?</tr>', ledger, re.S)
@@ -161,14 +162,9 @@ def test_the_ledger_has_every_claim_and_leads_to_its_cell(site, pages):
 def test_a_folder_of_results_that_appears_has_a_page_without_anything_else(tmp_path):
     for name in ("docs", "nbs", "wrapperlib", "README.md"):
         (tmp_path / name).symlink_to(REPO / name)
-    for name in (
-        "exp_revival",
-        "exp_behavior",
-        "exp_probing",
-        "exp_pruning",
-        "exp_stories",
-    ):  # whose figures pages show
-        shutil.copytree(REPO / "outputs" / name / "desk", tmp_path / "outputs" / name / "desk")
+    shown = re.findall(r"\]\(outputs/(\w+/\w+)/\w+\.png\)", (REPO / "README.md").read_text())
+    for folder in {*shown, "exp_behavior/desk", "exp_probing/desk"}:  # whose figures pages show
+        shutil.copytree(REPO / "outputs" / folder, tmp_path / "outputs" / folder)
     shutil.copytree(REPO / "outputs/exp_revival/desk", tmp_path / "outputs/exp_revival/paper")
     (tmp_path / "docs").unlink()
     shutil.copytree(REPO / "docs", tmp_path / "docs")
