@@ -354,12 +354,12 @@ def made_by(path: Path) -> str:
 
 @cache
 def defined() -> dict[str, str]:
-    "Claim → a link to the cell of a room that defines it."
+    "Claim → a link to the cell of a room that defines it: by `Claim`, or by a function of like claims, whose first argument is the id as well."
     found = {}
     for path in library():
         for cell in notebook(path)["cells"]:
             if "#| export" in source(cell):
-                for name in re.findall(r'Claim\(\s*"(\w+)"', source(cell)):
+                for name in re.findall(r'(?<!=)\(\s*"([CS]\d+\w?)",', source(cell)):
                     found.setdefault(name, a("defined", path, f"#cell-id={cell['id']}"))
     return found
 

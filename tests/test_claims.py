@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from wrapperlib.checks import BadInput
 from wrapperlib.claims import (
     JAILBREAK_CLAIMS,
     MIXING_CLAIMS,
@@ -84,6 +85,18 @@ def test_a_claim_without_its_grounds_is_inconclusive():
     ids = [c.id for c in REVIVAL_CLAIMS]
     assert len(ids) == len(set(ids))
     assert all(set(c.rests_on) <= set(ids[:i]) for i, c in enumerate(REVIVAL_CLAIMS))
+
+
+def test_two_curves_are_not_taken_for_one_and_two_claims_have_two_ids():
+    curve = pd.DataFrame(dict(step=[0, 10, 20], value=[0.1, 0.5, 1.0]))
+    both = pd.concat([curve, curve.assign(value=0.2)], ignore_index=True)
+    for statistic in (lambda c: at_end(c, 100), steps_to, lambda c: area(c, 100)):
+        statistic(curve)
+        with pytest.raises(BadInput, match="several values at step"):
+            statistic(both)
+    claim = Claim("A", "", "", ">=", 1, lambda v: v)
+    with pytest.raises(BadInput, match="claim is 'A'"):
+        judge_all([claim, claim], exact(1.1, 1.1))
 
 
 def test_what_censoring_leaves_open_stays_open():
@@ -295,7 +308,8 @@ def ends(seeds, rows):
     for seed, (labels, value) in itertools.product(range(seeds), rows):
         labels = dict(seed=seed, metric="acc_opt", c_te=0.0) | labels
         first = labels.pop("first", BEFORE)
-        made += [labels | dict(step=0, value=first), labels | dict(step=400, value=value)]
+        made += [labels | dict(step=0, value=first)] if "site" not in labels else []
+        made += [labels | dict(step=400, value=value)]
     return pd.DataFrame(made)
 
 
@@ -417,5 +431,5 @@ def test_sweep_claims_hold_and_fail():
 
     assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 1.0, 20, 100))) == {c.id for c in sweep_claims()}
     gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 0.3, 401, 401))
-    assert held(gone) == {"S27"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
+    assert held(gone) == {"S27", "S43"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
     assert "Table 6" in sweep_claims()[3].paper and "Table 8" in sweep_claims("index")[3].paper

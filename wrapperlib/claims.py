@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REVIVAL_CLAIMS', 'MIXING_CLAIMS', 'JAILBREAK_CLAIMS', 'UNRELATED_CLAIMS', 'RANDFT_CLAIMS', 'Value', 'interval',
-           'at_end', 'steps_to', 'area', 'NotMeasured', 'times_as_many', 'OneSeed', 'Claim', 'judge', 'judge_all',
-           'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page', 'write_page',
+           'one_curve', 'at_end', 'steps_to', 'area', 'NotMeasured', 'times_as_many', 'OneSeed', 'Claim', 'judge',
+           'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page', 'write_page',
            'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
            'judge_each', 'sweep_claims']
 
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .checks import check
 from .runs import check_results, write_whole
 
 # %% ../nbs/11_claims.ipynb #4dc40c58
@@ -60,12 +61,22 @@ def interval(
     return back(x.mean()), low, high
 
 # %% ../nbs/11_claims.ipynb #92612799
+def one_curve(
+    rows: pd.DataFrame,  # columns step, value
+    by: str = "step",  # the column along which it runs
+) -> pd.DataFrame:
+    "The rows in order. Raises `BadInput` where they are several curves, for then a label was left open."
+    twice = rows[by].duplicated()
+    check(not twice.any(), "curve", f"one with several values at {by} {rows[by][twice].min()}", f"one value a {by}")
+    return rows.sort_values(by)
+
+
 def at_end(
     curve: pd.DataFrame,  # columns step, value
     n: int,  # test samples
 ) -> Value:
     "The last accuracy of a curve, with Wilson's 90 % interval."
-    return _accuracy(float(curve.sort_values("step")["value"].iloc[-1]), n)
+    return _accuracy(float(one_curve(curve)["value"].iloc[-1]), n)
 
 
 def _accuracy(p: float, n: int) -> Value:
@@ -78,7 +89,7 @@ def steps_to(
     level: float = 0.95,  # the accuracy to reach
 ) -> Value:
     "First step with that accuracy, at least 1; the budget with an infinite upper end if there is none."
-    curve = curve.sort_values("step")
+    curve = one_curve(curve)
     step, value = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
     reached = np.flatnonzero(value >= level)
     if not len(reached):
@@ -96,7 +107,7 @@ def area(
     log: bool = False,  # average over the logarithm of the step
 ) -> Value:
     "Mean accuracy over the steps, or over their logarithm, from 1 to the budget: 1 for a capability that was never lost."
-    curve = curve[curve["step"] >= 1].sort_values("step")
+    curve = one_curve(curve[curve["step"] >= 1])
     x = curve["step"].to_numpy(float)
     x = np.log(x) if log else x
     points = [_accuracy(p, n) for p in curve["value"]]
@@ -128,7 +139,7 @@ def times_as_many(
 ) -> Value:
     "How many times as many steps to accuracy 0.95 the one curve takes as the other. Raises `NotMeasured` if one of them has no way to go."
     for curve, name in zip((slow, fast), whose):
-        if curve.sort_values("step")["value"].iloc[0] >= 0.95:
+        if one_curve(curve)["value"].iloc[0] >= 0.95:
             raise NotMeasured(f"the model {name} counts O_PT before its way back")
     return steps_to(slow) / steps_to(fast)
 
@@ -164,9 +175,9 @@ class OneSeed:
         "Accuracy at the end of a curve."
         return at_end(self.curve(*what, **labels), self.samples)
 
-    def before(self, metric: str, prior: str, c_te: float = 0.0) -> Value:
+    def before(self, metric: str, prior: str, c_te: float = 0.0, **labels) -> Value:
         "Accuracy before fine-tuning, the same for each fine-tuning from that prior."
-        curve = self.curve("fine_tuning", metric, c_te, prior=prior).sort_values("step")
+        curve = self.curve("fine_tuning", metric, c_te, prior=prior, **labels).sort_values("step")
         return _accuracy(float(curve["value"].iloc[0]), self.samples)
 
     def tuned(self, metric: str, prior: str, rate: str, c_tr: float = 1.0, c_te: float = 0.0, **labels) -> Value:
@@ -175,7 +186,7 @@ class OneSeed:
 
     def profile(self, protocol: str, metric: str = "accuracy", operand: str = "a", **labels) -> dict[str, Value]:
         "What probes read, by site, without the one before the first block, where no prompt differs from another."
-        curve = self.curve(protocol, metric, operand=operand, **labels)
+        curve = one_curve(self.curve(protocol, metric, operand=operand, **labels), "site")
         curve = curve[curve["site"] != "embed"]
         return {site: _accuracy(float(p), self.samples) for site, p in zip(curve["site"], curve["value"])}
 
@@ -268,6 +279,7 @@ def judge_all(
     """
     rows = {}
     for claim in claims:
+        check(claim.id not in rows, "claim", claim.id, "each id once")
         try:
             row = judge(claim, [claim.of(seed) for seed in seeds]) | dict(because="")
         except NotMeasured as e:
@@ -912,15 +924,18 @@ def judge_each(
     return judge_all(claims, [OneSeed(t, rates, samples) for _, t in table.groupby("seed")])
 
 # %% ../nbs/11_claims.ipynb #52cf43d6
-def _before(i: str, priors: str) -> Claim:
+def _before(i: str, priors: str, **labels) -> Claim:
     "That the models from these priors can count `a` before they are fine-tuned."
+    part = labels.get("part", 1.0)
     return Claim(
         i,
         "Before fine-tuning the models count O_PT.",
-        f"acc_opt before fine-tuning, prior {' and '.join(priors)}" + (" (the lower)" if len(priors) > 1 else ""),
+        f"acc_opt before fine-tuning, prior {' and '.join(priors)}"
+        + (" (the lower)" if len(priors) > 1 else "")
+        + (f", after {part:g} of pretraining" if part < 1 else ""),
         ">=",
         0.95,
-        lambda t: _least(t.before("acc_opt", prior) for prior in priors),
+        lambda t: _least(t.before("acc_opt", prior, **labels) for prior in priors),
         "100 % (Table 5)",
         exploratory=True,
     )
@@ -1258,14 +1273,8 @@ def _revived(t: OneSeed, parts: tuple[float, ...] = (1.0, 0.25, 0.05)) -> Value:
     return _least(t.end(metric="acc_opt", **_back("η_M", prior, part)) for prior, part in pairs)
 
 
-def _at_first(t: OneSeed, prior: str) -> Value:
-    "Accuracy before fine-tuning, after full pretraining."
-    curve = t.curve("fine_tuning", "acc_opt", prior=prior, part=1.0).sort_values("step")
-    return _accuracy(float(curve["value"].iloc[0]), t.samples)
-
-
 _SWEEPS = (
-    replace(_before("S27", "HL"), of=lambda t: _least(_at_first(t, prior) for prior in "HL")),
+    _before("S27", "HL", part=1.0),
     Claim(
         "C11a",
         "A weakly relevant capability is lost sooner than a strongly relevant one.",
@@ -1316,6 +1325,7 @@ _SWEEPS = (
         ratio=True,
         rests_on=("S27",),
     ),
+    _before("S43", "HL", part=0.05),
     Claim(
         "C11f",
         "It comes back whatever the length of pretraining.",
@@ -1324,6 +1334,7 @@ _SWEEPS = (
         0.95,
         _revived,
         "for every length (Fig. 78)",
+        rests_on=("S43",),
     ),
 )
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .claims import Claim, OneSeed, Value, _accuracy, _least, _most, interval, judge_all
+from .claims import Claim, OneSeed, Value, _accuracy, _least, _most, area, interval, judge_all
 from .deletion import CONTROL, DELETIONS, RATES, REQUEST, SHAM, Size
 from .figures import _seeds
 from .stories import OTHER, TWIST
@@ -174,16 +173,8 @@ def _raised(t: StorySeed, model: str, rate: str) -> Value:
 
 def _mean_ahead(t: StorySeed, model: str, rate: str) -> Value:
     "By how much a model's share is ahead of the control's on the way back, on average over the logarithm of the step."
-    ways = (t.curve("reft", "says_asked", model=model, ft_rate=rate), t.curve("reft", "says_asked", model=CONTROL))
-    points = [[_accuracy(v, t.samples) for v in way[way["step"] > 0].sort_values("step")["value"]] for way in ways]
-    at = np.log(sorted(set(ways[0]["step"]) - {0}))
-    leads = [one - other for one, other in zip(*points)]
-    return Value(
-        *(
-            float(np.trapezoid([getattr(v, end) for v in leads], at) / (at[-1] - at[0]))
-            for end in ("value", "low", "high")
-        )
-    )
+    way, control = (t.curve("reft", "says_asked", **of) for of in (dict(model=model, ft_rate=rate), dict(model=CONTROL)))
+    return area(way, t.samples, log=True) - area(control, t.samples, log=True)
 
 
 def _read(
