@@ -55,7 +55,7 @@ $(READY): pyproject.toml
 # $(1) notebook, $(2) folder, $(3) papermill's parameters
 define run
 	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; set -x; \
-	$(BIN)/papermill --log-output --no-progress-bar nbs/$(1).ipynb "$$made/$(1).ipynb" $(3); \
+	$(BIN)/papermill --log-output --no-progress-bar --start-timeout 600 nbs/$(1).ipynb "$$made/$(1).ipynb" $(3); \
 	{ set +x; } 2>/dev/null; cp "$$made/$(1).ipynb" '$(2)'/.$(1).$$$$; mv '$(2)'/.$(1).$$$$ '$(2)/$(1).ipynb'
 endef
 
@@ -68,7 +68,7 @@ behavior pruning probing sweeps: $(READY)
 
 # Compiled programs: scale smoke, desk or paper.
 tracr tracr_readings: $(READY)
-	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p more_seeds '$(MORE_SEEDS)' -p device '$(DEVICE)'))
+	$(call run,exp_$@,$(OUT)/exp_$@/$(SCALE),-p scale '$(SCALE)' -p device '$(DEVICE)' -p out '$(OUT)' $(if $(filter tracr,$@),-p seeds '$(SEEDS)' -p more_seeds '$(MORE_SEEDS)'))
 
 # Every experiment; what would be done; what it would cost.
 paper status plan: $(TOKENS)

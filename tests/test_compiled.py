@@ -17,7 +17,7 @@ from wrapperlib.checks import BadInput
 from wrapperlib.compiled import ANSWER, BOS, PAD, SHIPPED, Compiled, Program, load_weights, weight_label
 from wrapperlib.letters import TASKS, Letters
 from wrapperlib.model import Linear, change, read, site_names
-from wrapperlib.pruning import scores
+from wrapperlib.pruning import matrices, scores, top
 from wrapperlib.runs import Store, address, source_digests, train_run
 from wrapperlib.training import Stack, accuracy, one_step, optimisers
 
@@ -380,6 +380,21 @@ def test_a_planted_weight_is_found_and_named():
     assert compiled_runs._without(model, (matrix, *at), lambda m: accuracy(m, ids)) > 0.9 > 0.3 > hidden
 
 
+def test_the_random_weights_beside_the_top_ones_are_the_programs_and_none_that_is_tried(programs):
+    weights = dict(matrices(programs["counter"]))
+    tried = top({name: w.abs() for name, w in weights.items()}, compiled_runs.TRIED)
+    draws = [compiled_runs._others_of_the_program(tried, seed) for seed in range(20)]
+    for places in draws:
+        assert len(set(places)) == compiled_runs.SINGLE
+        assert all(weights[name][at] != 0 and not tried[name][at] for name, at in map(_as_index, places))
+    assert len({tuple(places) for places in draws}) == 20
+
+
+def _as_index(place):
+    name, row, column = place
+    return name, (row, column)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
 def test_letters_against_plain_python(task, share):
@@ -475,10 +490,32 @@ def test_a_trained_read_out_begins_as_the_programs_own_and_a_lost_cell_has_no_di
 
 
 def test_readings_run(tmp_path):
-    done = papermill(tmp_path, "exp_tracr_readings", "-p", "scale", "smoke", "-p", "readings", "1")
+    done = papermill(
+        tmp_path, "exp_tracr_readings", "-p", "scale", "smoke", "-p", "readings", "2", "-p", "workers", "1"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    table = pd.read_csv(tmp_path / "outputs/exp_tracr_readings/smoke/results.csv")
-    assert len(table) == 4 * len(compiled_runs.CELLS) and not table["paper"].isna().any()
+    place = tmp_path / "outputs/exp_tracr_readings/smoke"
+    table = pd.read_csv(place / "results.csv")
+    assert len(table) == 2 * 4 * len(compiled_runs.CELLS) and not table["paper"].isna().any()
+    assert json.loads((place / "provenance.json").read_text())["training"]["trained"] == 2 * len(compiled_runs.CELLS)
+
+
+def test_readings_share_their_runs_and_a_lost_one_stops_no_other(tmp_path):
+    size = compiled_runs.SIZES["smoke"]
+    named = {reading.name: reading for reading in compiled_runs.READINGS}
+    for task, rate, c_tr in compiled_runs.CELLS:
+        chosen = compiled_runs.reading_run(named["chosen"], (task, rate, c_tr), size)
+        assert chosen == compiled_runs.fine_tuning(size, task, c_tr, rate)
+    assert compiled_runs.reading_run(named["10 letters"], ("max", "η_M", 0.0), size) == chosen  # as Max has it anyway
+    broken = replace(size, rates=size.rates | {"η_M": 1e30}, recipe=replace(size.recipe, clip=compiled_runs.NEVER))
+    tried = [named["chosen"], named["trained read-out"]]
+    plan = compiled_runs.readings_plan(tried, broken)
+    table, done = compiled_runs.try_readings(Store(tmp_path), plan, workers=1)
+    assert (table["ours"].isna() == (table["rate"] == "η_M")).all() and table["before"].between(0, 1).all()
+    assert (done["trained"], done["reused"]) == (4, 0)
+    again, done = compiled_runs.try_readings(Store(tmp_path), plan, workers=1)
+    assert (done["trained"], done["reused"]) == (0, 4)
+    pd.testing.assert_frame_equal(again, table)
 
 
 @pytest.mark.parametrize(

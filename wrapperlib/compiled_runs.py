@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['RATES', 'SIZES', 'WAY_BACK', 'AFTER_LARGE', 'Plan', 'NEVER', 'READINGS', 'CELLS', 'HEADERS', 'COUNTS_IN', 'SHOWN',
            'SINGLE', 'TRIED', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'fine_tuning', 'reverse', 'scratch_tuned',
-           'counter_plan', 'max_plan', 'Reading', 'try_reading', 'fit', 'table4', 'impossible', 'guessing',
-           'beside_paper', 'attention_map', 'models', 'looks', 'Wrapper', 'wrapper_results', 'evidence', 'everything']
+           'counter_plan', 'max_plan', 'Reading', 'ReadOut', 'reading_run', 'readings_plan', 'try_readings', 'fit',
+           'table4', 'impossible', 'guessing', 'beside_paper', 'attention_map', 'models', 'looks', 'Wrapper',
+           'wrapper_results', 'evidence', 'everything']
 
 # %% ../nbs/18_compiled_runs.ipynb #81c93442
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -27,8 +29,8 @@ from .compiled import ANSWER, BOS, Compiled, Program, load_weights, weight_label
 from .letters import TASKS, Letters
 from .model import Linear, read
 from .protocols import rates_of, share_list
-from .runs import Run, Store
-from .training import Measure, Momentum, NotFinite, accuracy, train
+from .runs import Run, Store, train_all
+from .training import Measure, Momentum, NotFinite, accuracy
 
 # %% ../nbs/18_compiled_runs.ipynb #b36e4caa
 RATES = {"η_L": 1e-1, "η_M": 1e-2, "η_S": 1e-3, "η_VS": 1e-4}
@@ -178,9 +180,9 @@ class Reading:
     "A way to read what the paper leaves open. Numbers not given are the size's."
 
     name: str
-    noise: float = _NOISE  # standard deviation on all weights
-    clip: float = 1.0  # largest gradient norm
-    momentum: float = 0.9
+    noise: float | None = None  # standard deviation on all weights
+    clip: float | None = None  # largest gradient norm
+    momentum: float | None = None
     drawn: int | None = None  # letters in a text
     read_out: bool = False  # whether what reads the answer off the stream is trained, too
 
@@ -212,6 +214,8 @@ CELLS = (
 class _ReadOut(torch.nn.Module):
     "A program whose answers are read by a matrix of weights, which begins as tracr's choice of channels."
 
+    portion = Compiled.portion
+
     def __init__(self, program: Compiled):
         super().__init__()
         channels, width = program.channels, len(program.about["residual"])
@@ -225,32 +229,82 @@ class _ReadOut(torch.nn.Module):
         return self.head(self.program(ids, last))
 
 
-def try_reading(
+@dataclass(frozen=True)
+class ReadOut(Program):
+    "A compiled program whose read-out is trained, too."
+
+    def model(self, seed: int = 0) -> _ReadOut:
+        "As `Program.model`, with a read-out of weights."
+        return _ReadOut(super().model(seed))
+
+
+def reading_run(
     reading: Reading,  # what to try
     cell: tuple[str, str, float],  # task, rate, C_Tr
     size: Size,  # steps, batch, samples
     seed: int = 0,  # of noise and strings
-) -> list[dict]:
-    "A short fine-tuning under a reading, beside the paper's cell: rows of reading, task, rate, c_tr, c_te, metric, before, ours, paper."
+) -> Run:
+    "`fine_tuning` under a reading; where it reads as we do, the very same run."
     task, rate, c_tr = cell
-    model = Program(TASKS[task].program, reading.noise).model(seed)
-    model = _ReadOut(model) if reading.read_out else model
-    recipe = replace(_recipe(size, rate), clip=reading.clip, momentum=reading.momentum)
-    drawn = min(reading.drawn or 99, TASKS[task].drawn)
-    tests = {(f"acc_{a}", c): Measure("", Letters(task, a, c, 1, drawn), c, size.samples).samples() for a, c in _BOTH}
-    before = {what: accuracy(model, ids) for what, ids in tests.items()}
+    run = fine_tuning(size, task, c_tr, rate, seed)
+    shape = (ReadOut if reading.read_out else Program)(TASKS[task].program, size.noise if reading.noise is None else reading.noise)
+    said = {name: getattr(reading, name) for name in ("clip", "momentum") if getattr(reading, name) is not None}
+    drawn = None if reading.drawn in (None, TASKS[task].drawn) else reading.drawn
+    measures = tuple(replace(m, stream=replace(m.stream, drawn=drawn)) for m in run.measures)
+    stream, recipe = replace(run.stream, drawn=drawn), replace(run.recipe, **said)
+    return replace(run, stream=stream, recipe=recipe, shape=shape, measures=measures, name=f"{reading.name}: {run.name}")
+
+
+def readings_plan(
+    tried: Iterable[Reading],  # from `READINGS`
+    size: Size,  # steps, batch, samples
+    seed: int = 0,  # of noise and strings
+) -> Plan:
+    "Each reading on each of `CELLS`."
+    return [
+        (dict(reading=reading.name, task=cell[0], rate=cell[1], c_tr=cell[2]), reading_run(reading, cell, size, seed))
+        for cell, reading in itertools.product(CELLS, tried)
+    ]
+
+
+def try_readings(
+    store: Store,  # where runs lie
+    plan: Plan,  # as from `readings_plan`
+    device: str = "cpu",  # as from `pick_device`
+    workers: int = 0,  # as in `train_all`
+) -> tuple[pd.DataFrame, dict]:
+    """Beside the paper's cells: rows of reading, task, rate, c_tr, c_te, metric, before, ours, paper; and what `train_all` says of itself.
+
+    A run whose loss does not stay finite is part of the answer: `ours` is missing there.
+    """
+    asked = list(dict.fromkeys(run for _, run in plan))
+    had = sum(map(store.finished, asked))
     try:
-        train(model, Letters(task, "oft", c_tr, 1, drawn), recipe, (seed, 1))
-        after = {what: accuracy(model, ids) for what, ids in tests.items()}
-    except NotFinite:
-        after = dict.fromkeys(tests, np.nan)
-    paper = _cells(3).query("task == @task and rate == @rate and c_tr == @c_tr").set_index(["metric", "c_te"]).paper
-    labels = dict(reading=reading.name, task=task, rate=rate, c_tr=c_tr)
-    return [labels | dict(metric=m, c_te=c, before=before[m, c], ours=after[m, c], paper=paper[m, c]) for m, c in tests]
+        train_all(store, asked, device, workers)
+    except NotFinite as e:
+        print(e)
+    there = [run for run in asked if store.finished(run)]
+    done = train_all(store, there, quiet=True) | dict(trained=len(there) - had, reused=had)
+    papers = _cells(3).set_index(["task", "rate", "c_tr", "metric", "c_te"])["paper"]
+    rows = []
+    for labels, run in plan:
+        for (metric, c_te), (before, ours) in _before_and_after(store, run).items():
+            paper = papers[labels["task"], labels["rate"], labels["c_tr"], metric, c_te]
+            rows.append(labels | dict(metric=metric, c_te=c_te, before=before, ours=ours, paper=paper))
+    return pd.DataFrame(rows), done
+
+
+def _before_and_after(store: Store, run: Run) -> dict[tuple[str, float], tuple[float, float]]:
+    "(metric, C_Te) → accuracy before the first step and after the last, which a lost run does not have."
+    if not store.finished(run):
+        model = run.fresh_model().eval()
+        return {(m.metric, m.c_te): (accuracy(model, m.samples()), np.nan) for m in run.measures}
+    log = store.log(run).sort_values("step").query("metric != 'loss'").groupby(["metric", "c_te"])["value"]
+    return dict(zip(log.first().index, zip(log.first(), log.last())))
 
 
 def fit(
-    table: pd.DataFrame,  # rows as from `try_reading`
+    table: pd.DataFrame,  # rows as from `try_readings`
 ) -> pd.DataFrame:
     "For each reading and task: accuracy for O_PT before, mean distance from the paper in points (none if a cell is lost), and cells whose loss was not finite."
     rows = table.assign(apart=(100 * (table.ours - table.paper)).abs(), lost=table.ours.isna() / 4)
@@ -364,10 +418,10 @@ def models(
     seed: int = 0,  # whose
     **wanted,  # label → values, e.g. c_tr=(0, 1)
 ) -> dict[str, Compiled]:
-    "Title → model, the program as compiled first."
+    "Title → model: the program as compiled first, then by C_Tr, in the plan's order for each."
     shown = {"program": Program(TASKS[task].program).model().eval()}
     names = {lr: name for name, lr in size.rates.items()}
-    for labels, run in plan:
+    for labels, run in sorted(plan, key=lambda labelled: labelled[0].get("c_tr", 0)):
         of = labels["task"], labels["protocol"], labels["seed"]
         if of == (task, protocol, seed) and all(labels.get(key) in values for key, values in wanted.items()):
             way = f"reFT {names[labels['re_lr']]}" if protocol == "reft" else names[labels["ft_lr"]]
@@ -429,7 +483,7 @@ class Wrapper:
         many = pruning.top(scores, self.tried)
         ranked = sorted(_places(many), key=lambda at: -scores[at[0]][at[1:]].item())
         best = max(ranked, key=lambda at: _without(model, at, lambda m: accuracy(m, other)))
-        control = _places(_of_the_program(pruning.top(scores, SINGLE), seed))
+        control = _others_of_the_program(many, seed)
         chosen = [("alone", i + 1, at) for i, at in enumerate(ranked[:SINGLE])]
         chosen += [("random alone", i + 1, at) for i, at in enumerate(control)] + [("best alone", 1, best)]
         rows = []
@@ -467,16 +521,12 @@ def _histogram(answers: torch.Tensor) -> list[dict]:
     return [dict(metric="says", answer=i, value=n / len(answers)) for i, n in enumerate(counts) if n]
 
 
-def _of_the_program(chosen: pruning.Units, seed: int) -> pruning.Units:
-    "As many random weights of each matrix, of those that the compiled program has there: nearly all others were zero before the noise."
-    program, chance, drawn = load_weights("counter").tensors, torch.Generator().manual_seed(seed), {}
-    for name, mask in chosen.items():
-        there = program[name].flatten().nonzero().flatten()
-        there = there if len(there) else torch.arange(mask.numel())
-        drawn[name] = torch.zeros_like(mask).flatten()
-        drawn[name][there[torch.randperm(len(there), generator=chance)[: int(mask.sum())]]] = True
-        drawn[name] = drawn[name].view_as(mask)
-    return drawn
+def _others_of_the_program(tried: pruning.Units, seed: int) -> list[tuple]:
+    "Places of random weights that the compiled program has and that are not tried: nearly all others were zero before the noise."
+    program = load_weights("counter").tensors
+    others = _places({name: (program[name] != 0) & ~mask for name, mask in tried.items()})
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    return [others[i] for i in order[:SINGLE]]
 
 
 def wrapper_results(
@@ -631,11 +681,12 @@ C7 = (
     Claim(
         "C7i",
         "Random weights do not.",
-        "the same, 4 random weights that the program has in the same matrices, C_Tr = 1",
+        "the same, 4 random weights that the program has and that are not tried, C_Tr = 1",
         "<=",
         0.05,
         lambda t: _most(_gain(t, 1.0, r, "random alone") for r in ("η_M", "η_S")),
         rests_on=("C7g",),
+        exploratory=True,
     ),
     Claim(
         "C7j",
