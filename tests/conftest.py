@@ -14,11 +14,14 @@ from wrapperlib.tasks import Domain
 REPO = pathlib.Path(__file__).parent.parent
 
 
+PATIENCE = ("--start-timeout", "600")  # a kernel starts slowly on a machine that is busy
+
+
 def papermill(folder, name, *arguments):
     "Execute an experiment in another folder."
     notebook = str(REPO / "nbs" / f"{name}.ipynb")
     return subprocess.run(
-        [sys.executable, "-m", "papermill", notebook, f"{name}.ipynb", "--no-progress-bar", *arguments],
+        [sys.executable, "-m", "papermill", notebook, f"{name}.ipynb", "--no-progress-bar", *PATIENCE, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import REPO
+from tests.conftest import PATIENCE, REPO
 from wrapperlib import bench, protocols
 from wrapperlib.checks import BadInput
 from wrapperlib.training import FINE_TUNING, Recipe, loss_of, train
@@ -170,6 +170,7 @@ TINY = {
     "bench_sweep": (TIMED | dict(scale="smoke", few=5, finished=24), ["ratios"], ["ray"], 11),
     "bench_tracr": (TIMED | dict(tasks="counter"), ["ratios"], ["tracr", "jax"], 3),
 }
+assert set(TINY) == {path.stem for path in REPO.glob("nbs/bench_*.ipynb")}
 MORE = {"bench_capability": {"trials.csv"}}  # besides table, figures and provenance
 SLOW = {"bench_capability", "bench_sweep"}
 
@@ -182,7 +183,7 @@ def test_the_benchmark_leaves_its_table(name, tmp_path):
     given = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
     notebook = str(REPO / "nbs" / f"{name}.ipynb")
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", *given],
+        [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", *PATIENCE, *given],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from papermill.cli import _resolve_type  # what the command line makes of a value
 
-from tests.conftest import REPO, refusal
+from tests.conftest import PATIENCE, REPO, refusal
 from wrapperlib.claims import REVIVAL_CLAIMS
 
 NOTEBOOK = REPO / "nbs" / "exp_revival.ipynb"
@@ -16,7 +16,7 @@ NOTEBOOK = REPO / "nbs" / "exp_revival.ipynb"
 
 def papermill(folder, *arguments, output="executed.ipynb"):
     return subprocess.run(
-        [sys.executable, "-m", "papermill", str(NOTEBOOK), output, "--no-progress-bar", *arguments],
+        [sys.executable, "-m", "papermill", str(NOTEBOOK), output, "--no-progress-bar", *PATIENCE, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -26,7 +26,7 @@ def papermill(folder, *arguments, output="executed.ipynb"):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("somewhere else")
-    done = papermill(folder, "-p", "scale", "smoke", "-p", "seeds", "2")
+    done = papermill(folder, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -91,7 +91,7 @@ def test_claims_have_all_their_parts(smoke):
 def test_a_second_run_trains_nothing_and_finds_the_same(smoke):
     place = smoke / "outputs" / "exp_revival" / "smoke"
     before = {name: (place / name).read_bytes() for name in ("results.csv", "claims.json", "revival.png", "steps.png")}
-    done = papermill(smoke, "-p", "scale", "smoke", "-p", "seeds", "2")
+    done = papermill(smoke, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
     assert done.returncode == 0
     assert json.loads((place / "provenance.json").read_text())["training"]["trained"] == 0
     assert before == {name: (place / name).read_bytes() for name in before}

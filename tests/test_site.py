@@ -156,7 +156,7 @@ def test_the_ledger_has_every_claim_and_leads_to_its_cell(site, pages):
         for claim in json.loads(path.read_text()):
             row = re.search(rf'<tr id="{name}-{folder}-{claim["id"]}">.*?</tr>', ledger, re.S)
             assert row and f'class="verdict {claim["verdict"]}"' in row[0], (name, claim["id"])
-            assert "#cell-id=" in row[0]
+            assert "#cell-id=" in row[0] and ">defined</a>" in row[0], claim["id"]
 
 
 def test_a_folder_of_results_that_appears_has_a_page_without_anything_else(tmp_path):

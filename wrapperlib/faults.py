@@ -426,7 +426,7 @@ def experiment(
     usual = dict(scale="smoke", priors="L", samples=64, device="cpu", workers=1, out=str(folder / "out"))
     folder.mkdir(parents=True, exist_ok=True)
     notebook = Path(runs.__file__).parent.parent / "nbs" / f"{name}.ipynb"
-    execute_notebook(notebook, folder / f"{name}.ipynb", usual | given, progress_bar=False)
+    execute_notebook(notebook, folder / f"{name}.ipynb", usual | given, progress_bar=False, start_timeout=600)
 
 # %% ../nbs/25_faults.ipynb #fa000011
 WRITING = ("mkdir", "open", "write", "fsync", "replace", "rename")
