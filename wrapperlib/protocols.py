@@ -47,7 +47,7 @@ class Scale:
 
 _RATES = ("η_L", "η_M", "η_S")
 
-# the quickest recipe of those that were tried, see bench_capability
+# the quickest of an earlier search of single seeds, see recipes
 FAST = dict(
     pretraining=Recipe(steps=1200, lr=1e-3, muon=5e-3, warmup=0.02, answer=4.0), first=("C", "CC", "I"), first_share=0.4
 )
