@@ -1,5 +1,8 @@
 "Taking every model of a plan apart: once, side by side or one by one, and kept under what was asked."
 
+import os
+import signal
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +40,20 @@ def test_side_by_side_and_one_by_one_give_the_same(trained, capsys):
     assert "2 of 2 models" in capsys.readouterr().out
     assert pruning_results(store, plan, SCALE, ROWS, workers=2).equals(alone)
     assert not capsys.readouterr().out  # known: nothing is done and nothing is said
+
+
+@dataclass(frozen=True)
+class Deadly:
+    "A question that ends the process that asks it."
+
+    def of(self, model, scale, seed):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_a_sentence(trained):
+    store, plan = trained
+    with pytest.raises(RuntimeError, match=r"was killed while it took models apart .*run again to go on"):
+        look_at_all(store, Deadly(), SCALE, [({}, run, False) for _, run in plan], workers=2)
 
 
 def test_what_pruning_finds_is_complete(trained):

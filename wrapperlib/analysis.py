@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -154,7 +155,7 @@ def look_at_all(
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # models at once; 0 means one a core, on a GPU one
 ) -> pd.DataFrame:
-    "Findings with their labels in front."
+    "Findings with their labels in front. Raises `RuntimeError` if a worker process is killed."
     new = [m[1:] for m in models if not _kept(store, question, scale, *m[1:]).exists()]
     if new:
         print(f"{len(models)} models: {len(models) - len(new)} known, {len(new)} to take apart")
@@ -180,6 +181,9 @@ def _looked(store, question, scale, new, device, workers):
         for job in as_completed(jobs):
             job.result()
             yield jobs[job]
+    except BrokenProcessPool:
+        said = "a worker process was killed while it took models apart (out of memory?)"
+        raise RuntimeError(f"{said}; what was found so far is kept, run again to go on, with fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
