@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from .checks import check
@@ -351,12 +352,12 @@ def _balanced(some: list[Record], feature: str) -> list[Record]:
 
 
 def _counted(some: list[Record], feature: str, index: dict, apart: int) -> Residuals:
-    x = torch.zeros(1, len(some), len(index))
-    for i, record in enumerate(some):
-        for word in _counts(record.story, apart):
+    x = np.zeros((1, len(some), len(index)), np.float32)
+    for row, record in zip(x[0], some):
+        for word, times in Counter(_counts(record.story, apart)).items():
             if word in index:
-                x[0, i, index[word]] += 1
-    return Residuals(x, torch.tensor([int(feature in r.features) for r in some]), ("words",))
+                row[index[word]] = times
+    return Residuals(torch.from_numpy(x), torch.tensor([int(feature in r.features) for r in some]), ("words",))
 
 # %% ../nbs/22_tales.ipynb #cf4ac3bc
 def source_tales(
