@@ -32,7 +32,7 @@ from wrapperlib.protocols import (
 )
 from wrapperlib.runs import Store, address
 from wrapperlib.tasks import PROMPT, TAIL, Domain, decode
-from wrapperlib.training import FINE_TUNING
+from wrapperlib.training import FINE_TUNING, Progress
 
 SMOKE = SCALES["smoke"]
 
@@ -130,6 +130,10 @@ def test_the_price_at_the_papers_scale_is_days(tmp_path):
     assert len(every) == 10 and 48 * hours > 24
     assert hours * 3600 == pytest.approx(sum(protocols.seconds_of(r, protocols.pace(r)) for r in every))
     assert estimate(Store(tmp_path), plan, workers=4) == pytest.approx(hours / 4)
+    base = next(r for labels, r in plan if labels["protocol"] == "pretraining")
+    Store(tmp_path).save_partial(base, Progress(base.recipe.steps // 2, {}, []), {})
+    half = protocols.seconds_of(base, protocols.pace(base)) / 3600 / 2
+    assert estimate(Store(tmp_path), plan, workers=1) == pytest.approx(hours - half)
 
 
 def test_any_grammar_will_do(tmp_path):

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import REPO, cells
-from wrapperlib import runs, sweep
+from wrapperlib import protocols, runs, sweep
 from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
 from wrapperlib.runs import FILES, Store, address, train_all
@@ -132,7 +132,7 @@ def test_status_counts_each_run_once_and_says_why(tmp_path):
 
 def test_what_a_checkpoint_has_done_is_no_work_to_do(tmp_path, monkeypatch):
     asked, store = [("exp_revival", {})], Store(tmp_path / "runs")
-    monkeypatch.setattr(sweep, "pace", lambda run, device: (60.0, 0.0))
+    monkeypatch.setattr(protocols, "pace", lambda run, device: (60.0, 0.0))
 
     def minutes():
         return sweep.status("smoke", device="cpu", out=str(tmp_path), workers=1, experiments=asked).loc[
@@ -305,7 +305,7 @@ def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
 
 
 def test_what_is_not_there_at_a_scale_is_left_out(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "pace", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(protocols, "pace", lambda *_: (1.0, 0.0))
     names = {name for name, _ in sweep.everything("desk_paper")}
     assert names == {name for name, _ in sweep.EXPERIMENTS} - {"exp_tracr", "exp_tracr_readings", "exp_stories"}
     assert sweep.main(["status", "--scale", "desk_paper", "--out", str(tmp_path)]) == 0
@@ -845,8 +845,8 @@ def test_progress_on_ray_looks_only_at_checkpoints_that_are_there_and_seldom(tmp
     store, clock, looked = Store(tmp_path), [0.0], []
     wanted = [sweep.one_run("pretraining", scale="smoke", seed=s) for s in range(50)]
     cost = sweep._cost(wanted[0])
-    step = sweep._step
-    monkeypatch.setattr(sweep, "_step", lambda store, run: looked.append(run) or step(store, run))
+    reached = Store.reached
+    monkeypatch.setattr(Store, "reached", lambda self, run: looked.append(run) or reached(self, run))
     monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
     work, busy = sweep._Work(store), wanted[:40]
     assert work.done(busy) == 0 and not looked

@@ -6,8 +6,8 @@
 __all__ = ['FAST', 'SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'TASKS', 'LENGTHS', 'PARAMETERS', 'rate_names',
            'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'pretraining', 'first_steps', 'scratch',
            'fine_tuning', 'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says',
-           'estimate', 'seconds_of', 'kind', 'pace', 'carry_out', 'rate_name', 'rates_of', 'share_list', 'task_family',
-           'prior_list', 'results_folder']
+           'estimate', 'seconds_left', 'at_once', 'seconds_of', 'kind', 'pace', 'carry_out', 'rate_name', 'rates_of',
+           'share_list', 'task_family', 'prior_list', 'results_folder']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
 import itertools
@@ -22,7 +22,7 @@ import torch
 
 from .checks import BadInput, Rule, check, one_of, some_of, whole, writable
 from .model import Shape
-from .runs import Run, Store, cores, train_all
+from .runs import Run, Store, cores, train_all, with_starts
 from .tasks import FAMILIES, PRIORS, Curriculum, Domain, Edited, Natural, answers, one_task
 from .training import FINE_TUNING, Measure, Recipe, accuracy, log_spaced, pick_device, seconds_per_step
 
@@ -384,9 +384,25 @@ def estimate(
     workers: int = 0,  # as in `train_all`
 ) -> float:
     "Hours that training what is missing will take, from a few measured steps and an evaluation of each kind of run; 0 if nothing is missing."
-    missing = {r for _, run in plan for r in run.lineage if not store.finished(r)}
-    total = sum(seconds_of(run, pace(run, device)) for run in missing)
-    return total / 3600 / (workers or (cores() if device == "cpu" else 1))
+    missing = [run for run in with_starts(run for _, run in plan) if not store.finished(run)]
+    return sum(seconds_left(store, run, device) for run in missing) / 3600 / at_once(device, workers)
+
+
+def seconds_left(
+    store: Store,  # where its checkpoint would lie
+    run: Run,  # one that is not finished
+    device: str = "cpu",  # as from `pick_device`
+) -> float:
+    "Seconds that what its checkpoint has not done will take, by a measured step."
+    return (1 - store.reached(run) / run.recipe.steps) * seconds_of(run, pace(run, device))
+
+
+def at_once(
+    device: str = "cpu",  # as from `pick_device`
+    workers: int = 0,  # as in `train_all`
+) -> int:
+    "By how many the work is divided where nothing else is said: all cores, or one GPU."
+    return workers or (cores() if device == "cpu" else 1)
 
 
 def seconds_of(
@@ -441,7 +457,7 @@ def carry_out(
     engine: Callable | None = None,  # as in `train_all`
 ) -> tuple[pd.DataFrame, dict]:
     "Say the price, train what is missing, and return the results and what `train_all` says of itself."
-    wanted = dict.fromkeys(r for _, run in plan for r in run.lineage)
+    wanted = with_starts(run for _, run in plan)
     known = {run: store.verify(run) for run in wanted}  # before anything is paid for
     if hours := estimate(store, plan, device, workers):
         print(f"about {_duration(hours)} of training, by a step measured on {device}")

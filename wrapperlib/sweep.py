@@ -45,6 +45,7 @@ from .claims import in_short
 from wrapperlib.protocols import (
     PARAMETERS,
     SCALES,
+    at_once,
     carry_out,
     fine_tuning,
     first_steps,
@@ -54,8 +55,8 @@ from wrapperlib.protocols import (
     pretraining,
     rate_name,
 )
-from .protocols import results_folder, reverse, scratch, seconds_of, task_family
-from .runs import SOURCES, Run, Store, address, cores, peak_memory, train_all, train_run
+from .protocols import results_folder, reverse, scratch, seconds_left, seconds_of, task_family
+from .runs import SOURCES, Run, Store, address, cores, peak_memory, train_all, train_run, with_starts
 from .runs import _cost, _library, _Queue
 from .tasks import Curriculum
 from .training import NotFinite
@@ -110,7 +111,7 @@ class Experiment:
     @property
     def runs(self) -> list[Run]:
         "All runs that it needs, each once, those that others start from first."
-        return list(dict.fromkeys(r for _, run in self.plan for r in run.lineage))
+        return with_starts(run for _, run in self.plan)
 
 
 def read(
@@ -192,10 +193,10 @@ def status(
         missing = [r for r in experiment.runs if r not in counted and r not in finished]
         counted |= set(missing)
         there |= finished
-        seconds = sum(_left(store, r) * seconds_of(r, pace(r, p.device)) for r in missing)
+        seconds = sum(seconds_left(store, r, p.device) for r in missing)
         why = Counter(store.reasons(missing).values())
         row = {"experiment": str(experiment.folder), "reused": len(experiment.runs) - len(missing)}
-        row |= {"to train": len(missing), "minutes": seconds / 60 / _at_once(p)}
+        row |= {"to train": len(missing), "minutes": seconds / 60 / at_once(p.device, getattr(p, "workers", 0))}
         row |= {"why": experiment.waits or "; ".join(f"{n} × {reason}" for reason, n in why.items())}
         rows.append(row | dict(results=_made_with(Path(out) / experiment.folder, experiment)))
     table = pd.DataFrame(rows).set_index("experiment")
@@ -235,26 +236,6 @@ def _parameters(notebook: str) -> set[str]:
         for statement in ast.parse("".join(c["source"])).body
         if isinstance(statement, ast.AnnAssign)
     }
-
-
-def _step(store: Store, run: Run) -> int:
-    "Where an unfinished run stands, by the second line of its checkpoint."
-    try:
-        with open(store.partial(run), "rb") as file:
-            file.readline(100)
-            step = json.loads(file.readline(2**26))["step"]  # a damaged file may be one endless line
-            return step if isinstance(step, int) and 0 < step < run.recipe.steps else 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return 0
-
-
-def _left(store: Store, run: Run) -> float:
-    "The share of its steps that a run's checkpoint has not done."
-    return 1 - _step(store, run) / run.recipe.steps
-
-
-def _at_once(p: SimpleNamespace) -> int:
-    return getattr(p, "workers", 0) or (cores() if getattr(p, "device", "cpu") == "cpu" else 1)
 
 
 _DECIDES_NOTHING = {"device", "out", "workers"}
@@ -810,7 +791,7 @@ class _Work:
         if time.monotonic() - self.looked >= _LOOK_EVERY:
             there = {path.name for path in (self.store.root / "partial").glob("*.checkpoint")}
             going_on = (run for run in busy if self.store.partial(run).name in there)
-            self.begun = {run: _cost(run) * _step(self.store, run) / run.recipe.steps for run in going_on}
+            self.begun = {run: _cost(run) * self.store.reached(run) / run.recipe.steps for run in going_on}
             self.looked = time.monotonic()
         return self.ended + sum(self.begun.values())
 
