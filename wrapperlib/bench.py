@@ -31,9 +31,9 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 
 from .checks import BadInput, check
-from .model import _SHORT
+from .model import _ONEDNN, _SHORT, _product
 from .runs import Run, _keep_memory, peak_memory, provenance
-from .training import Stack, loss_of, one_step, optimisers, parts
+from .training import _MOMENTS, Stack, loss_of, one_step, optimisers, parts
 
 # %% ../nbs/14_bench.ipynb #1a4fa675
 Meter = Callable[[], float]
@@ -120,7 +120,7 @@ def matmul(
         if library == "torch":
             torch.mm(a, b, out=out)
         else:
-            torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+            _product(a, b)
         torch.set_num_threads(before)
         return 2 * size**3
 
@@ -129,7 +129,7 @@ def matmul(
 
 def has_onednn() -> bool:
     "Whether PyTorch can be asked for oneDNN's float32 product."
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _ONEDNN
 
 # %% ../nbs/14_bench.ipynb #8d9f88e0
 def matmul_flops(
@@ -260,9 +260,6 @@ def _kind_of(operator: str) -> str:
     return "attention" if "scaled_dot_product" in operator else "other"
 
 # %% ../nbs/14_bench.ipynb #af876ab6
-_MOMENTS = dict(adamw=2, muon=1)  # numbers that an optimiser keeps for each weight
-
-
 def memory(
     run: Run,  # what is trained, on all tokens
 ) -> pd.DataFrame:
@@ -280,7 +277,8 @@ def memory(
         activations=_kept(stack.models[0], part, run),
     )
     n = sum(p.numel() for p in weights)
-    moments = sum(_MOMENTS[kind] * p.numel() for kind, o in found.items() for g in o.param_groups for p in g["params"])
+    kept = {kind: len({*names} - {"step"}) for kind, names in _MOMENTS.items()}  # numbers of an optimiser for each weight
+    moments = sum(kept[kind] * p.numel() for kind, o in found.items() for g in o.param_groups for p in g["params"])
     computed = dict(weights=n, moments=moments, gradients=n, activations=part[:, 1:].numel() * _activations(run))
     return pd.DataFrame(dict(measured=measured, computed={k: 4 * v for k, v in computed.items()}))
 
