@@ -430,5 +430,7 @@ def test_bad_input_is_refused(tmp_path, data):
         judge_for("hub")("judge", "exact")
     with pytest.raises(BadInput, match="stories asked for is 5000; allowed: at most the held-out instructions"):
         asked(data.shards["test", "Twist"], 5000, 64)
+    with pytest.raises(BadInput, match="stories asked for is 5000"):  # before anything is trained
+        deletion_plan(replace(SMOKE, samples=5000), data)
     with pytest.raises(BadInput, match="rate is 'η_L'"):
         tuned(SMOKE, data, pretraining(SMOKE, data), "F", "η_L", 2)

@@ -339,7 +339,9 @@ def deletion_plan(
     deletions: tuple[str, ...] = DELETIONS,  # which protocols
     rates: tuple[str, ...] = RATES,  # of deletion
 ) -> list[tuple[dict, Run]]:
-    "Labels and runs of Figs. 11, 31–38 and Table 1. Labels: protocol (pretraining, deletion, reft), model, seed, ft_lr, step."
+    "Labels and runs of Figs. 11, 31–38 and Table 1. Labels: protocol (pretraining, deletion, reft), model, seed, ft_lr, step. Raises `BadInput` if fewer stories are held out than its models will be asked for."
+    for variant in (TWIST, "F"):
+        asked(data.shards["test", variant], size.samples, size.length - 1)
     plan = []
     for seed in range(seeds):
         base, control = (pretraining(size, data, seed, variant) for variant in ("all", "F"))
