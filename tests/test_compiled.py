@@ -1,5 +1,6 @@
 "Compiled programs against JAX, against plain Python, and through the library's other rooms."
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import torch
 from safetensors.torch import save
 
 from tests.conftest import REPO, papermill, refusal
-from wrapperlib import compiled, compiled_runs, letters
+from wrapperlib import claims, compiled, compiled_runs, letters
 from wrapperlib.checks import BadInput
 from wrapperlib.compiled import ANSWER, BOS, PAD, SHIPPED, Compiled, Program, load_weights, weight_label
 from wrapperlib.letters import TASKS, Letters
 from wrapperlib.model import Linear, change, read, site_names
-from wrapperlib.pruning import matrices, scores, top
+from wrapperlib.pruning import at_random, matrices, scores, top
 from wrapperlib.runs import Store, address, source_digests, train_run
 from wrapperlib.training import Stack, accuracy, one_step, optimisers
 
@@ -382,17 +383,75 @@ def test_a_planted_weight_is_found_and_named():
 
 def test_the_random_weights_beside_the_top_ones_are_the_programs_and_none_that_is_tried(programs):
     weights = dict(matrices(programs["counter"]))
-    tried = top({name: w.abs() for name, w in weights.items()}, compiled_runs.TRIED)
-    draws = [compiled_runs._others_of_the_program(tried, seed) for seed in range(20)]
-    for places in draws:
-        assert len(set(places)) == compiled_runs.SINGLE
-        assert all(weights[name][at] != 0 and not tried[name][at] for name, at in map(_as_index, places))
-    assert len({tuple(places) for places in draws}) == 20
+    found = {name: w.abs() for name, w in weights.items()}
+    tried = top(found, compiled_runs.TRIED)
+    others = compiled_runs._others_of_the_program(tried)
+    draws = [at_random(top(found, compiled_runs.SINGLE), seed, others) for seed in range(20)]
+    for units in draws:
+        assert sum(int(x.sum()) for x in units.values()) == compiled_runs.SINGLE
+        assert all((weights[name][x] != 0).all() and not (tried[name] & x).any() for name, x in units.items())
+    assert len({tuple(compiled_runs._places(units)) for units in draws}) == 20
 
 
-def _as_index(place):
-    name, row, column = place
-    return name, (row, column)
+def test_the_weights_that_the_paper_names_read_what_stands_there():
+    weights = load_weights("counter")
+    read_from = [weight_label(weights, *at).split(" from ")[1].split(" to ")[0] for at in compiled_runs.FIG59]
+    assert read_from == ["one", "tokens:a"] and all(weights.tensors[name][at] == 0 for name, at in _entries())
+
+
+def _entries():
+    return [(name, (row, column)) for name, row, column in compiled_runs.FIG59]
+
+
+def planted(seeds, tuned, looks, gain, back, control):
+    "Results as of a training and of taking models apart; `tuned` by metric, C_Tr, C_Te; `looks` and `gain` by C_Tr and rate."
+    rates = {lr: name for name, lr in compiled_runs.RATES.items()}
+    rows = []
+    for seed, (lr, rate), c_tr in itertools.product(range(seeds), rates.items(), (0.0, 1.0)):
+        of = dict(protocol="fine_tuning", seed=seed, task="counter", c_tr=c_tr, ft_lr=lr)
+        for metric, c_te in itertools.product(("acc_opt", "acc_oft"), (0.0, 1.0)):
+            end = dict(metric=metric, c_te=c_te, way="trained", step=400, value=tuned(metric, c_tr, c_te))
+            rows.append(of | end)
+        of |= dict(c_te=0.0, step=400)
+        rows += [of | dict(way="program", metric=m, value=v) for m, v in dict(prefers=1.0, on_a=0.8, on_b=0.0).items()]
+        on_a, on_b = looks(c_tr, rate)
+        seen = dict(prefers=on_a / (on_a + on_b), on_a=on_a, on_b=on_b)
+        rows += [of | dict(way="attention", metric=m, value=v) for m, v in seen.items()]
+        of |= dict(metric="acc_opt", unit="weight")
+        rows += [of | dict(way="top", k=0, value=0.05), of | dict(way="guess", k=0, value=0.2) | dict(unit=None)]
+        for way, k in (("alone", 4), ("random alone", 4), ("best alone", 1)):
+            rows += [of | dict(way=way, k=i + 1, value=0.2 + gain(way, c_tr) * (i == k - 1)) for i in range(k)]
+        of = dict(protocol="reft", seed=seed, task="counter", c_tr=c_tr, ft_lr=lr, c_te=0.0, way="trained", step=400)
+        rows += [of | dict(metric="acc_opt", re_lr=r, value=back(rate)) for r in rates]
+    scr = dict(protocol="scr_ft", task="counter", c_te=0.0, way="trained", step=400, metric="acc_opt", value=control)
+    rows += [scr | dict(seed=seed, re_lr=r) for seed in range(seeds) for r in rates]
+    return pd.DataFrame(rows)
+
+
+def verdicts_of(table):
+    judged = claims.judge_each(compiled_runs.C7, table, compiled_runs.RATES, 1024)
+    return {c["id"]: c["verdict"] for c in judged}
+
+
+def test_claims_on_compiled_programs_hold_where_they_should_and_fail_where_they_should():
+    learned = {("acc_oft", 1.0, 1.0): 0.98, ("acc_oft", 0.0, 0.0): 0.99}
+    as_told = planted(
+        3,
+        lambda *of: learned.get(of, 0.0),
+        lambda c_tr, rate: (0.1, 0.6) if (c_tr, rate) == (0.0, "η_M") else (0.7, 0.01),
+        lambda way, c_tr: 0.6 if way != "random alone" and c_tr else 0.0,
+        lambda rate: 0.2 if rate == "η_L" else 0.95,
+        0.2,
+    )
+    assert set(verdicts_of(as_told).values()) == {"holds"}
+    gone = planted(3, lambda m, c_tr, c_te: 0.5, lambda *_: (0.3, 0.7), lambda *_: 0.0, lambda rate: 0.3, 0.3)
+    found = verdicts_of(gone)
+    assert {i for i, verdict in found.items() if verdict == "holds"} == {"S40", "S41", "S42"}
+    assert {found[i] for i in ("C7a", "C7b", "C7c", "C7d", "C7e", "C7f", "C7g", "C7j", "C7l", "C7n")} == {"fails"}
+    assert {found[i] for i in ("C7h", "C7i", "C7k", "C7m")} == {"inconclusive"}  # there is nothing to be held
+    everywhere = planted(3, lambda *_: 0.5, lambda *_: (0.7, 0.01), lambda *_: 0.6, lambda rate: 0.95, 0.95)
+    found = verdicts_of(everywhere)
+    assert {found[i] for i in ("C7f", "C7h", "C7i", "C7k", "C7m", "C7n")} == {"fails"}
 
 
 @pytest.mark.parametrize("task", TASKS)

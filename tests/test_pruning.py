@@ -176,6 +176,18 @@ def test_random_rows_differ_by_seed_and_cover_the_matrix():
     assert abs(drawn - 0.5).max() < 0.15
 
 
+def test_random_units_are_drawn_among_those_that_are_asked_for():
+    chosen = {"blocks.0.a": torch.ones(2, 3, dtype=torch.bool), "blocks.1.a": torch.zeros(4, 3, dtype=torch.bool)}
+    among = {"blocks.0.a": torch.zeros(2, 3, dtype=torch.bool), "blocks.1.a": torch.arange(12).view(4, 3) < 7}
+    fewer = {"blocks.0.a": torch.arange(6).view(2, 3) < 3, "blocks.1.a": chosen["blocks.1.a"]}
+    for seed in range(20):
+        drawn, less = at_random(chosen, seed, among), at_random(fewer, seed, among)
+        assert sum(x.sum() for x in drawn.values()) == 6 and not any((x & ~among[n]).any() for n, x in drawn.items())
+        assert sum(x.sum() for x in less.values()) == 3 and not any((x & ~drawn[n]).any() for n, x in less.items())
+    with pytest.raises(BadInput, match="units to draw from is 5; allowed: at least 6"):
+        at_random(chosen, 0, among | {"blocks.1.a": torch.arange(12).view(4, 3) < 5})
+
+
 def test_a_sweep_costs_one_backward_and_the_forward_passes_of_its_measures(ids):
     model, calls = gpt(), {"loss": 0, "measure": 0}
 

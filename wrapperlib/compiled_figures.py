@@ -100,6 +100,7 @@ _BARS = {
     "–": ("alone", 0),
     **{f"W{i}": ("alone", i) for i in range(1, 5)},
     **{f"R{i}": ("random alone", i) for i in range(1, 5)},
+    **{f"P{i}": ("the paper's", i) for i in (1, 2)},
     "best": ("best alone", 1),
 }
 _BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
@@ -142,7 +143,7 @@ def single_weights(
         _guessed(row, guess[metric])
     _legend(axes[0][-1], colours, {}, **_BESIDE)
     fig.supxlabel(
-        "weight zeroed: none, each of the top 4, each of 4 random ones, the best of those tried; dashed: the most frequent answer",
+        "weight zeroed: none, each of the top 4 (W), of 4 random ones (R) and of the paper's 2 (P), the best of those tried; dashed: the most frequent answer",
         fontsize=9,
     )
     _headline(fig, f"Zeroing a single weight (scale {scale}, {_of_seeds(table)})")
@@ -205,7 +206,7 @@ def histograms(
         which = pruned["weight"].dropna().unique()
         weight = textwrap.fill(which[0] if len(which) else "", 30)
         ax.set_title(f"{name}\n{weight}", fontsize=8)
-        ax.set(xlabel="answer", xlim=(-0.8, here["answer"].max() + 0.8))
+        ax.set(xlabel="answer", xlim=(-0.8, 1.5 * here.loc[here["way"] == "right", "answer"].max() + 0.8))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("share of strings")
     axes[-1].legend(**_BESIDE, frameon=False)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RATES', 'SIZES', 'WAY_BACK', 'AFTER_LARGE', 'Plan', 'NEVER', 'READINGS', 'CELLS', 'HEADERS', 'COUNTS_IN', 'SHOWN',
-           'SINGLE', 'TRIED', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'fine_tuning', 'reverse', 'scratch_tuned',
-           'counter_plan', 'max_plan', 'Reading', 'ReadOut', 'reading_run', 'readings_plan', 'try_readings', 'fit',
-           'table4', 'impossible', 'guessing', 'beside_paper', 'attention_map', 'models', 'looks', 'Wrapper',
-           'wrapper_results', 'evidence', 'everything']
+           'SINGLE', 'TRIED', 'FIG59', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'strings', 'fine_tuning', 'reverse',
+           'scratch_tuned', 'counter_plan', 'max_plan', 'Reading', 'ReadOut', 'reading_run', 'readings_plan',
+           'try_readings', 'fit', 'table4', 'impossible', 'guessing', 'beside_paper', 'as_printed', 'early_elsewhere',
+           'shown', 'attention_map', 'models', 'looks', 'Wrapper', 'wrapper_results', 'single_weights', 'evidence',
+           'everything']
 
 # %% ../nbs/18_compiled_runs.ipynb #81c93442
 import itertools
@@ -45,6 +46,7 @@ class Size:
     recipe: Momentum  # of fine-tuning, reFT and Scr.+FT; its rate is replaced by one of those below
     noise: float  # standard deviation of what is added to the compiled weights
     samples: int  # test samples of a measure
+    drawn: int | None = None  # letters in a text of Counter; None: 46
     rates: dict[str, float] = field(default_factory=lambda: dict(RATES), hash=False)
 
 
@@ -53,7 +55,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("smoke", replace(_BASE, steps=4, batch=8), _NOISE, 64),
-        Size("desk", replace(_BASE, steps=400, batch=32), _NOISE, 512),
+        Size("desk", replace(_BASE, steps=400, batch=32), _NOISE, 512, drawn=10),
         Size("paper", _BASE, _NOISE, 1024),
     )
 }
@@ -70,6 +72,7 @@ def sizes_table() -> pd.DataFrame:
             "momentum": recipe.momentum,
             "largest gradient norm": recipe.clip,
             "noise": size.noise,
+            "letters in a text of Counter": size.drawn or TASKS["counter"].drawn,
             "test samples": size.samples,
         }
     return pd.DataFrame(rows)
@@ -78,8 +81,18 @@ def sizes_table() -> pd.DataFrame:
 _BOTH = [(asked, share) for asked in ("opt", "oft") for share in (0.0, 1.0)]
 
 
+def strings(
+    size: Size,  # which numbers
+    task: str,  # counter or max
+    asked: str,  # opt or oft
+    share: float | None = None,  # of strings with the correlation; None: as they come
+) -> Letters:
+    "A task's strings at a size."
+    return Letters(task, asked, share, drawn=size.drawn if task == "counter" else None)
+
+
 def _measures(size: Size, task: str) -> tuple[Measure, ...]:
-    return tuple(Measure(f"acc_{asked}", Letters(task, asked, share), share, size.samples) for asked, share in _BOTH)
+    return tuple(Measure(f"acc_{a}", strings(size, task, a, share), share, size.samples) for a, share in _BOTH)
 
 
 def _recipe(size: Size, rate: str) -> Momentum:
@@ -96,7 +109,7 @@ def fine_tuning(
 ) -> Run:
     "The compiled program with noise, fine-tuned for O_FT. App. C.1."
     start = Program(TASKS[one_of(TASKS)("task", task)].program, size.noise)
-    stream = Letters(task, "oft", c_tr)
+    stream = strings(size, task, "oft", c_tr)
     name = f"{task}, fine-tuning C_Tr={c_tr:g} {rate}, seed {seed}"
     return Run(stream, _recipe(size, rate), start, seed, 1, _measures(size, task), None, name)
 
@@ -109,7 +122,7 @@ def reverse(
     "reFT: back to O_PT, on strings as they come. App. D."
     task = start.stream.task
     recipe, name = _recipe(size, rate), f"back {rate} ← {start.name}"
-    return Run(Letters(task, "opt"), recipe, start.shape, start.seed, 2, _measures(size, task), start, name)
+    return Run(strings(size, task, "opt"), recipe, start.shape, start.seed, 2, _measures(size, task), start, name)
 
 
 def scratch_tuned(
@@ -120,7 +133,7 @@ def scratch_tuned(
     "Scr.+FT: the program compiled for O_FT, trained for O_PT as in reFT. App. E.3."
     start = Program(TASKS["counter"].control, size.noise)
     measures, name = _measures(size, "counter"), f"Scr.+FT {rate}, seed {seed}"
-    return Run(Letters("counter", "opt"), _recipe(size, rate), start, seed, 2, measures, None, name)
+    return Run(strings(size, "counter", "opt"), _recipe(size, rate), start, seed, 2, measures, None, name)
 
 # %% ../nbs/18_compiled_runs.ipynb #9713fecb
 WAY_BACK = ("η_M", "η_S", "η_VS")  # Fig. 27
@@ -160,6 +173,7 @@ def _judged(size: Size, seed: int) -> Plan:
     for of, back in (("η_M", "η_VS"), ("η_L", AFTER_LARGE)):
         of_back = dict(protocol="reft", ft_lr=size.rates[of], c_tr=1.0, re_lr=size.rates[back])
         plan.append((labels | of_back, reverse(size, tuned[of, 1.0], back)))
+    plan.append((labels | dict(protocol="scr_ft", re_lr=size.rates["η_VS"]), scratch_tuned(size, "η_VS", seed)))
     return plan
 
 
@@ -354,8 +368,7 @@ def guessing(
     size: Size,  # its numbers
 ) -> dict[tuple[str, float], float]:
     "What giving the most frequent answer always would come to on the test strings: (metric, C_Te) → accuracy."
-    rows = {(m.metric, m.c_te): m.samples()[:, -2] for m in _measures(size, task)}
-    return {of: answers.bincount().max().item() / len(answers) for of, answers in rows.items()}
+    return {(m.metric, m.c_te): _most_frequent(m.samples()) for m in _measures(size, task)}
 
 
 def beside_paper(
@@ -393,10 +406,44 @@ def _at(table: pd.DataFrame, lr: str, when: dict[str, float]) -> pd.DataFrame:
     rows = pd.concat(found) if found else table.assign(at=None)
     return rows.assign(lr=rows[lr])
 
+
+def as_printed(
+    cells: pd.DataFrame,  # as from `beside_paper`
+) -> list[pd.DataFrame]:
+    "For each table and task: rows rate and C_Tr, columns when, C_Te and metric, in percent \"ours / the paper's\", means over seeds."
+    percent = [f"{100 * ours:.1f} / {100 * paper:.1f}" for ours, paper in zip(cells["ours"], cells["paper"])]
+    return [
+        rows.pivot(index=["rate", "c_tr"], columns=["at", "c_te", "metric"], values="percent")
+        .sort_index(axis=1, level="c_te", sort_remaining=False)
+        .rename_axis(index=[f"Table {number}, {task}: rate", "C_Tr"])
+        for (number, task), rows in cells.assign(percent=percent).groupby(["table", "task"], sort=False)
+    ]
+
+
+def early_elsewhere(
+    table: pd.DataFrame,  # results
+    size: Size,  # their numbers
+    shares: tuple[float, ...] = (0.0256, 0.0512, 0.1, 0.2),  # of the steps
+) -> pd.Series:
+    "Mean distance from Table 4's early columns in points, read after other shares of the steps."
+    cells = {share: beside_paper(table, size, share).query("at == 'early'") for share in shares}
+    apart = {round(share * size.recipe.steps): 100 * of["difference"].abs().mean() for share, of in cells.items()}
+    return pd.Series(apart, name="points apart").rename_axis("early after about so many steps").round(1)
+
+
 # %% ../nbs/18_compiled_runs.ipynb #d1496e4a
 COUNTS_IN = 1  # the block whose attention counts
 
 SHOWN = {"counter": "ccccbcacbbcccacbccccccccccccacccccccccbcccccc#", "max": "kehwmguatd" + 15 * "#"}  # Figs. 10, 44
+
+
+def shown(
+    size: Size,  # which numbers
+) -> dict[str, str]:
+    "The texts of the attention maps: those of the paper, Counter's cut to as many letters as it has at that size."
+    whole = SHOWN["counter"]
+    letters = whole[: size.drawn or TASKS["counter"].drawn]
+    return SHOWN | dict(counter=letters.ljust(len(whole), "#"))
 
 
 def attention_map(
@@ -447,6 +494,7 @@ def looks(
 # %% ../nbs/18_compiled_runs.ipynb #83602afa
 SINGLE = 4  # W1 … W4 of Fig. 55
 TRIED = 30  # of the highest scores, of which the best is taken
+FIG59 = [("blocks.1.attention.value.weight", 0, 97), ("blocks.1.attention.key.weight", 1, 148)]  # that the paper names
 
 
 @dataclass(frozen=True)
@@ -463,38 +511,46 @@ class Wrapper:
         seed: int = 0,  # chooses random weights
     ) -> pd.DataFrame:
         "Columns metric, c_te, way, k, unit, weight, answer, value."
-        natural = Letters("counter", "opt")
-        ids, other = (torch.from_numpy(natural.batch(size.samples, 0, i, "test")) for i in (0, 1))
-        tests = {m: Measure("", Letters("counter", m, 0.0), 0.0, size.samples).samples() for m in ("opt", "oft")}
+        ids, other, shown = (
+            torch.from_numpy(strings(size, "counter", "opt").batch(size.samples, 0, i, "test")) for i in range(3)
+        )
+        tests = {a: Measure("", strings(size, "counter", a, 0.0), 0.0, size.samples).samples() for a in ("opt", "oft")}
 
         def found(m):
             return {f"acc_{what}": accuracy(m, rows) for what, rows in tests.items()}
 
         seen = {"attention": looks(model, ids), "program": looks(Program("counter", size.noise).model(seed).eval(), ids)}
         rows = [dict(metric=m, way=way, k=0, value=value) for way, on in seen.items() for m, value in on.items()]
-        tables = [pd.DataFrame(rows)]
-        for unit in ("row", "weight"):
-            scores = pruning.scores(model, ids, unit)
-            tables.append(pruning.sweep(model, scores, self.ks, found, seed=seed).assign(unit=unit))
-        return pd.concat([*tables, self._alone(model, scores, other, found, seed)], ignore_index=True).assign(c_te=0.0)
+        rows += [dict(metric=f"acc_{a}", way="guess", k=0, value=_most_frequent(x)) for a, x in tests.items()]
+        scores = {unit: pruning.scores(model, ids, unit) for unit in ("row", "weight")}
+        among = dict(weight=_others_of_the_program(pruning.top(scores["weight"], max(self.tried, *self.ks))))
+        tables = [
+            pruning.sweep(model, x, self.ks, found, seed=seed, among=among.get(unit)).assign(unit=unit)
+            for unit, x in scores.items()
+        ]
+        alone = self._alone(model, scores["weight"], among["weight"], other, shown, found, seed)
+        return pd.concat([pd.DataFrame(rows), *tables, alone], ignore_index=True).assign(c_te=0.0)
 
-    def _alone(self, model, scores, other, found, seed) -> pd.DataFrame:
-        "Each of the top weights alone, as many random ones of the program alone, and the best of those tried."
-        many = pruning.top(scores, self.tried)
-        ranked = sorted(_places(many), key=lambda at: -scores[at[0]][at[1:]].item())
-        best = max(ranked, key=lambda at: _without(model, at, lambda m: accuracy(m, other)))
-        control = _others_of_the_program(many, seed)
-        chosen = [("alone", i + 1, at) for i, at in enumerate(ranked[:SINGLE])]
-        chosen += [("random alone", i + 1, at) for i, at in enumerate(control)] + [("best alone", 1, best)]
+    def _alone(self, model, scores, others, chooses, shown, found, seed) -> pd.DataFrame:
+        "Each of the top weights alone, as many random ones of the program alone, those of Fig. 59, and the best of those tried."
+        ranked = sorted(_places(pruning.top(scores, self.tried)), key=lambda at: -scores[at[0]][at[1:]].item())
+        best = max(ranked, key=lambda at: _without(model, at, lambda m: accuracy(m, chooses)))
+        control = _places(pruning.at_random(pruning.top(scores, SINGLE), seed, others))
+        ways = {"alone": ranked[:SINGLE], "random alone": control, "the paper's": FIG59, "best alone": [best]}
         rows = []
-        for way, k, at in chosen:
+        for way, k, at in ((way, k, at) for way, places in ways.items() for k, at in enumerate(places, 1)):
             about = dict(way=way, k=k, unit="weight", weight=json.dumps(at))
             values = _without(model, at, found)
             rows += [about | dict(metric=metric, value=value) for metric, value in values.items()]
-            rows += [about | row for row in _without(model, at, lambda m: _says(m, other))]
-        rows += [dict(way="alone", k=0, unit="weight") | row for row in _says(model, other)]
-        rows += [dict(way="right", k=0, unit="weight") | row for row in _histogram(other[:, -2])]
+            rows += [about | row for row in _without(model, at, lambda m: _says(m, shown))]
+        rows += [dict(way="alone", k=0, unit="weight") | row for row in _says(model, shown)]
+        rows += [dict(way="right", k=0, unit="weight") | row for row in _histogram(shown[:, -2])]
         return pd.DataFrame(rows)
+
+
+def _most_frequent(ids: torch.Tensor) -> float:
+    "What giving the most frequent answer always would come to."
+    return ids[:, -2].bincount().max().item() / len(ids)
 
 
 def _places(chosen: pruning.Units) -> list[tuple]:
@@ -521,12 +577,10 @@ def _histogram(answers: torch.Tensor) -> list[dict]:
     return [dict(metric="says", answer=i, value=n / len(answers)) for i, n in enumerate(counts) if n]
 
 
-def _others_of_the_program(tried: pruning.Units, seed: int) -> list[tuple]:
-    "Places of random weights that the compiled program has and that are not tried: nearly all others were zero before the noise."
+def _others_of_the_program(tried: pruning.Units) -> pruning.Units:
+    "The weights that the compiled program has and that are not tried: nearly all others were zero before the noise."
     program = load_weights("counter").tensors
-    others = _places({name: (program[name] != 0) & ~mask for name, mask in tried.items()})
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    return [others[i] for i in order[:SINGLE]]
+    return {name: (program[name] != 0) & ~mask for name, mask in tried.items()}
 
 
 def wrapper_results(
@@ -547,6 +601,24 @@ def wrapper_results(
     table["weight"] = table["weight"].map(words)
     return table
 
+
+_MARKS = {"top": "–", "alone": "W", "random alone": "R", "the paper's": "P", "best alone": "best"}
+
+
+def single_weights(
+    found: pd.DataFrame,  # as from `wrapper_results`
+    rates: dict[str, float],  # name → learning rate of fine-tuning
+    seed: int = 0,  # whose
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Accuracy for O_PT in percent with one weight zeroed, C_Te = 0, and which weights these are: a row for each C_Tr and rate, columns as in Figs. 55, 56."
+    rows = found[(found["metric"] == "acc_opt") & (found["unit"] == "weight") & (found["seed"] == seed)]
+    rows = rows[rows["way"].isin(_MARKS) & ((rows["way"] == "top") == (rows["k"] == 0))]
+    zeroed = [_MARKS[way] + str(k) * (way not in ("top", "best alone")) for way, k in zip(rows["way"], rows["k"].astype(int))]
+    rows = rows.assign(zeroed=zeroed, rate=rows["ft_lr"].map({lr: name for name, lr in rates.items()}))
+    order = list(dict.fromkeys(zeroed))
+    values, labels = (rows.pivot(index=["c_tr", "rate"], columns="zeroed", values=of) for of in ("value", "weight"))
+    return (100 * values[order]).round(1), labels[[z for z in order if z[0] in "WPb"]]
+
 # %% ../nbs/18_compiled_runs.ipynb #88805878
 def _attention(t: OneSeed, metric: str, c_tr: float, rate: str, way: str = "attention") -> float:
     return float(t.curve("fine_tuning", metric, c_tr=c_tr, ft_rate=rate, way=way)["value"].iloc[0])
@@ -565,11 +637,13 @@ def _still_looks(t: OneSeed, c_tr: float, rate: str) -> Value:
 
 
 def _gain(t: OneSeed, c_tr: float, rate: str, way: str = "alone") -> Value:
-    "What zeroing one weight gains for O_PT: the best of the ways' weights, less nothing pruned."
-    gains = t.curve("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way=way, unit="weight")
-    base = t.end("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way="top", k=0, unit="weight")
-    ends = [t.end("fine_tuning", "acc_opt", c_tr=c_tr, ft_rate=rate, way=way, unit="weight", k=k) for k in gains["k"]]
-    return _most(ends) - base
+    "What zeroing one weight gains for O_PT: the best of the way's weights, less nothing pruned or guessing, whichever is more."
+    of = dict(c_tr=c_tr, ft_rate=rate)
+    gains = t.curve("fine_tuning", "acc_opt", way=way, unit="weight", **of)
+    base = t.end("fine_tuning", "acc_opt", way="top", k=0, unit="weight", **of)
+    guess = t.curve("fine_tuning", "acc_opt", way="guess", **of)["value"].item()
+    ends = [t.end("fine_tuning", "acc_opt", way=way, unit="weight", k=k, **of) for k in gains["k"]]
+    return _most(ends) - _most([base, Value(guess, guess, guess)])
 
 
 def _tuned(t: OneSeed, metric: str, c_tr: float, c_te: float, rate: str) -> Value:
@@ -689,6 +763,27 @@ C7 = (
         exploratory=True,
     ),
     Claim(
+        "C7l",
+        "After correlated fine-tuning some single weight's pruning returns O_PT, whatever its score.",
+        f"gain in acc_opt, the best of {TRIED} weights zeroed alone, chosen on other strings, C_Tr = 1, the higher of η_M and η_S",
+        ">=",
+        0.30,
+        lambda t: _most(_gain(t, 1.0, r, "best alone") for r in ("η_M", "η_S")),
+        _FIG55,
+        exploratory=True,
+    ),
+    Claim(
+        "C7m",
+        "After uncorrelated fine-tuning none does.",
+        "the same, C_Tr = 0",
+        "<=",
+        0.10,
+        lambda t: _most(_gain(t, 0.0, r, "best alone") for r in ("η_M", "η_S")),
+        _FIG55,
+        rests_on=("C7l",),
+        exploratory=True,
+    ),
+    Claim(
         "C7j",
         "reFT at the smallest rate revives O_PT after η_M.",
         "acc_opt after reFT at η_VS, C_Tr = 1, fine-tuned at η_M",
@@ -696,6 +791,16 @@ C7 = (
         0.80,
         lambda t: _back(t, "η_VS", "η_M"),
         "96.8 % (Table 4)",
+    ),
+    Claim(
+        "C7n",
+        "A program that never counted a does not get there by the same steps.",
+        "acc_opt after reFT − after Scr.+FT, both at η_VS, C_Tr = 1, fine-tuned at η_M",
+        ">=",
+        0.30,
+        lambda t: _back(t, "η_VS", "η_M") - t.end("scr_ft", "acc_opt", rate="η_VS", task="counter", way="trained"),
+        "reFT is far ahead (Fig. 27)",
+        exploratory=True,
     ),
     Claim(
         "C7k",

@@ -101,9 +101,15 @@ def _check_k(k: int, units: int) -> None:
 def at_random(
     chosen: Units,  # as from `top`
     seed: int = 0,  # chooses the units
+    among: Units | None = None,  # True for the units that may be drawn, of whatever matrix; None: as many of each matrix as are chosen there
 ) -> Units:
-    "As many units of each matrix, drawn at random. With the same seed the draw for more units contains the one for fewer."
+    "As many units, drawn at random. With the same seed the draw for more units contains the one for fewer. Raises `BadInput` if there are too few to draw from."
     chance = torch.Generator().manual_seed(seed)
+    if among:
+        n, there = (sum(int(x.sum()) for x in units.values()) for units in (chosen, among))
+        check(n <= there, "units to draw from", there, f"at least {n}, as many as are chosen")
+        lots = {name: torch.rand(x.shape, generator=chance) + x.cpu() for name, x in among.items()}
+        return {name: (rank < n).to(chosen[name].device) for name, rank in _ranks(lots).items()}
     drawn = {}
     for name, x in chosen.items():
         order = torch.randperm(x.numel(), generator=chance)
@@ -173,6 +179,7 @@ def sweep(
     measure: Callable[[nn.Module], dict[str, float]],  # metric → value of the pruned model
     means: Units | None = None,  # as from `row_means`: also set the units to them, which is the way mean
     seed: int = 0,  # chooses the random units
+    among: Units | None = None,  # which random units may be drawn, as in `at_random`
 ) -> pd.DataFrame:
     "What the pruned model does: columns way (top, random, mean), k, metric, value. Raises `BadInput` before any work. Figs. 7, 79–89."
     ks, rows = list(ks), []
@@ -183,7 +190,7 @@ def sweep(
     ranks = _ranks(scores)
     for k in ks:
         chosen = {name: x < k for name, x in ranks.items()}
-        ways = dict(top=(chosen, None), random=(at_random(chosen, seed), None))
+        ways = dict(top=(chosen, None), random=(at_random(chosen, seed, among), None))
         for way, (units, values) in (ways | dict(mean=(chosen, means)) if means else ways).items():
             with pruned(model, units, values), torch.no_grad():
                 rows += [dict(way=way, k=k, metric=name, value=value) for name, value in measure(model).items()]
