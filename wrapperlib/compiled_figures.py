@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import _WHOSE, _headline, _legend, _seeds, _share_colours
+from .figures import _CONTROL, _GUESS, _WHOSE, _guessed, _headline, _legend, _seeds, _share_colours
 
 # %% ../nbs/19_compiled_figures.ipynb #72cb7e2a
 MOST = 0.5  # the colours' upper end in the paper's figures
@@ -64,15 +65,18 @@ def attention(
     title: str,  # of the figure
     columns: int = 5,  # panels in a row
 ) -> Figure:
-    "Attention maps side by side; ^ is BOS. Figs. 10, 39–45, 48–52."
-    fig, axes = _panels(len(maps), min(columns, len(maps)), 2.4, 2.5)
+    "Attention maps side by side; ^ is BOS, and the row whose answer is read is marked. Figs. 10, 39–45, 48–52."
+    many = len(text) > 30
+    side = 3.6 if many else 2.4
+    fig, axes = _panels(len(maps), min(3 if many else columns, len(maps)), side, side + 0.1)
     for ax, (name, weights) in zip(axes, maps.items()):
         image = ax.imshow(weights, vmin=0, vmax=MOST, cmap="viridis", interpolation="nearest")
         _spelled(ax, "^" + text, "x")
         _spelled(ax, text, "y")
+        ax.get_yticklabels()[1].set(color="C3", weight="bold", fontsize=8)
         ax.set_title(name, fontsize=9)
     fig.supxlabel("token attended, ^ is BOS", fontsize=9)
-    fig.supylabel("attending token", fontsize=9)
+    fig.supylabel("attending token\n(red: the answer's)", fontsize=9)
     fig.colorbar(image, ax=axes[: len(maps)], shrink=0.7, pad=0.01, extend="max")
     fig.suptitle(title, fontsize=11)
     return fig
@@ -85,13 +89,14 @@ def activations(
 ) -> Figure:
     "The MLP's neurons by letter, one map for each model. Figs. 46, 47, 53, 54."
     fig, axes = _panels(len(maps), len(maps), 2.3, 3.4)
+    norm = SymLogNorm(0.1, vmin=0, vmax=max(MOST, *(float(x.max()) for x in maps.values())))
     for ax, (name, x) in zip(axes, maps.items()):
-        image = ax.imshow(x, vmin=0, vmax=MOST, cmap="viridis", aspect="auto", interpolation="nearest")
+        image = ax.imshow(x, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
         _spelled(ax, text, "y")
         ax.set_title(name, fontsize=9)
     fig.supxlabel("neuron", fontsize=9)
     fig.supylabel("letter", fontsize=9)
-    fig.colorbar(image, ax=axes[: len(maps)], shrink=0.7, pad=0.01, extend="max")
+    fig.colorbar(image, ax=axes[: len(maps)], shrink=0.7, pad=0.01, label="activation")
     fig.suptitle(title, fontsize=11)
     return fig
 
@@ -104,12 +109,6 @@ _BARS = {
     "best": ("best alone", 1),
 }
 _BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
-
-
-def _guessed(axes, accuracy: float, label: str | None = None):
-    "A thin line at what giving the most frequent answer always would come to."
-    for ax in axes:
-        ax.axhline(accuracy, color="0.5", lw=0.7, ls=(0, (6, 4)), zorder=0, label=label)
 
 
 def single_weights(
@@ -133,7 +132,7 @@ def single_weights(
                     chosen = some[(some["way"] == ("top" if k == 0 else way)) & (some["k"] == k)]["value"]
                     if len(chosen):
                         place = x + 0.22 * (list(rates).index(rate) - (len(rates) - 1) / 2)
-                        ax.bar(place, chosen.mean(), 0.2, color=colour)
+                        ax.bar(place, chosen.mean(), 0.2, color=colour, edgecolor=colour, lw=1.2)  # a zero leaves a stroke
                         ax.vlines(place, chosen.min(), chosen.max(), color="0.2", lw=0.8)
             ax.set(ylim=(0, 1.03), xticks=range(len(_BARS)))
             ax.set_xticklabels(list(_BARS), fontsize=8)
@@ -143,10 +142,12 @@ def single_weights(
         _guessed(row, guess[metric])
     _legend(axes[0][-1], colours, {}, **_BESIDE)
     fig.supxlabel(
-        "weight zeroed: none, each of the top 4 (W), of 4 random ones (R) and of the paper's 2 (P), the best of those tried; dashed: the most frequent answer",
+        "weight zeroed: none, each of the top 4 (W), of 4 random ones (R) and of the paper's 2 (P), the best of 30 (chosen on other strings)\n"
+        "a stroke: 0; no bar: not run; dotted: the most frequent answer",
+        y=-0.1,
         fontsize=9,
     )
-    _headline(fig, f"Zeroing a single weight (scale {scale}, {_of_seeds(table)})")
+    _headline(fig, f"Zeroing a single weight, C_Te = 0 (scale {scale}, {_of_seeds(table)})")
     return fig
 
 
@@ -169,17 +170,17 @@ def many_weights(
             for (lr, way), curves in here.groupby(["ft_lr", "way"]):
                 if lr in colours:
                     values = curves.groupby("k")["value"]
-                    ax.plot(values.mean(), color=colours[lr], ls="-" if way == "top" else ":")
+                    ax.plot(values.mean(), color=colours[lr], ls="-" if way == "top" else "--")
                     low, high = values.min(), values.max()
                     ax.fill_between(low.index, low, high, color=colours[lr], alpha=0.12, lw=0)
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
             ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
     for row, metric in zip(axes, _WHOSE):
         _guessed(row, guess[metric])
-    kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", ":"))}
+    kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", "--"))}
     _legend(axes[0][-1], {name: colours[lr] for name, lr in rates.items()}, kinds, **_BESIDE)
-    fig.supxlabel(f"{unit}s zeroed; dashed: the most frequent answer", fontsize=9)
-    _headline(fig, f"Zeroing {unit}s (scale {scale}, {_of_seeds(table)})")
+    fig.supxlabel(f"{unit}s zeroed; dotted: the most frequent answer", fontsize=9)
+    _headline(fig, f"Zeroing {unit}s, C_Te = 0 (scale {scale}, {_of_seeds(table)})")
     return fig
 
 
@@ -194,19 +195,21 @@ def histograms(
     here = table[(table["metric"] == "says") & (table["c_tr"] == c_tr) & (table["seed"] == seed)]
     title = f"Answers without a single weight, C_Tr = {c_tr:g} (scale {scale}, seed {seed})"
     fig, axes = _in_a_row(len(rates), 3.1, 3.2, title)
+    blue, orange, *_ = sns.color_palette("colorblind")
+    drawn = here["way"].isin(["right", "best alone"]) | (here["k"] == 0)
+    end = here.loc[drawn & (here["value"] > 0.005), "answer"].max()
     for ax, (name, lr) in zip(axes, rates.items()):
         some = here[here["ft_lr"] == lr]
         pruned = some[some["way"] == "best alone"]
-        for (label, rows), shift in zip(
-            (("nothing pruned", some[(some["way"] == "alone") & (some["k"] == 0)]), ("pruned", pruned)), (-0.2, 0.2)
-        ):
-            ax.bar(rows["answer"] + shift, rows["value"], 0.4, label=label)
+        whole = some[(some["way"] == "alone") & (some["k"] == 0)]
+        ax.bar(whole["answer"] - 0.2, whole["value"], 0.4, color=blue, label="nothing pruned")
+        ax.bar(pruned["answer"] + 0.2, pruned["value"], 0.4, color=orange, label="pruned")
         right = some[some["way"] == "right"].sort_values("answer")
         ax.plot(right["answer"], right["value"], color="0.2", lw=1, marker=".", ms=4, label="right for O_PT")
         which = pruned["weight"].dropna().unique()
-        weight = textwrap.fill(which[0] if len(which) else "", 30)
+        weight = textwrap.fill(which[0] if len(which) else "", 34, break_long_words=False)
         ax.set_title(f"{name}\n{weight}", fontsize=8)
-        ax.set(xlabel="answer", xlim=(-0.8, 1.5 * here.loc[here["way"] == "right", "answer"].max() + 0.8))
+        ax.set(xlabel="answer", xlim=(-0.8, end + 0.8))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("share of strings")
     axes[-1].legend(**_BESIDE, frameon=False)
@@ -224,19 +227,19 @@ def revival(
     back = table[table["protocol"].isin(["reft", "scr_ft"]) & (table["metric"] == "acc_opt") & (table["c_te"] == 0)]
     back = back[(back["protocol"] == "scr_ft") | (back["ft_lr"] == ft_lr)]
     colours = _share_colours(back["c_tr"].dropna())
-    title = f"Reverse fine-tuning of compiled Counters (scale {scale}, {_of_seeds(back)})"
+    title = f"Reverse fine-tuning of Counters that were fine-tuned at {ft_lr:g} (scale {scale}, {_of_seeds(back)})"
     fig, axes = _in_a_row(len(rates), 3.4, title=title)
     for ax, (name, lr) in zip(axes, rates.items()):
         here = back[back["re_lr"] == lr]
         curves = [(f"reFT, C_Tr = {c:g}", here[here["c_tr"] == c], dict(color=colour)) for c, colour in colours.items()]
-        curves.append(("Scr.+FT", here[here["protocol"] == "scr_ft"], dict(color="0.3", ls="--")))
+        curves.append(("Scr.+FT", here[here["protocol"] == "scr_ft"], dict(color=_CONTROL, ls="--")))
         for label, rows, style in curves:
             values = rows.groupby("step")["value"]
             ax.plot(values.mean(), label=label, **style)
             ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
-        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xscale("symlog", linthresh=1, linscale=0.3)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
-    _guessed(axes, guess["acc_opt"], "most frequent answer")
+    _guessed(axes, guess["acc_opt"], *_GUESS)
     axes[0].set_ylabel("accuracy, O_PT (C_Te = 0)")
     axes[-1].legend(**_BESIDE, frameon=False)
     return fig
@@ -247,17 +250,19 @@ def beside_paper(
     scale: str,  # its name, for the title
 ) -> Figure:
     "Ours against the paper's, cell by cell of Tables 3 and 4: equal on the diagonal. A grey dash is the most frequent answer alone."
+    cells = cells.assign(metric=cells["metric"].map(_WHOSE))
     kinds = list(cells.groupby(["table", "task"]))
     title = f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})"
     fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
     look = dict(hue="rate", hue_order=[*cells["rate"].unique()], palette="colorblind")
-    look |= dict(style="metric", style_order=[*_WHOSE])  # in all panels the same
+    look |= dict(style="metric", style_order=[*_WHOSE.values()], alpha=0.75)  # in all panels the same
     for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
         ax.vlines(rows["paper"], rows["low"], rows["high"], color="0.6", lw=0.8, zorder=0)
-        ax.scatter(rows["paper"], rows["guess"], color="0.7", marker="_", zorder=0)
+        ax.scatter(rows["paper"], rows["guess"], color="0.7", marker="_", zorder=0, label="most frequent answer")
         sns.scatterplot(rows, x="paper", y="ours", **look, ax=ax, legend="full" if ax is axes[-1] else False)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=f"Table {number}, {task}")
+        ax.set(xlabel="accuracy, the paper's", ylabel="accuracy, ours")
     sns.move_legend(axes[-1], **_BESIDE, frameon=False)
     return fig
 
@@ -272,9 +277,8 @@ def readings(
     for ax, task in zip(axes, tasks):
         here = fit.loc[task].iloc[::-1]
         ax.barh(here.index, here["apart"].fillna(0))
-        for y, (before, lost) in enumerate(zip(here["opt_before"], here["lost"])):
-            ax.text(
-                1, y, f"{100 * before:.0f} % before" + (f", {lost:.0f} lost" if lost else ""), va="center", fontsize=7
-            )
-        ax.set(title=task, xlabel="mean distance from Table 3, points", xlim=(0, 100))
+        for y, (apart, before, lost) in enumerate(zip(here["apart"].fillna(0), here["opt_before"], here["lost"])):
+            said = f"{100 * before:.0f} % for O_PT before" + (f"; {lost:.0f} cells lost" if lost else "")
+            ax.text(apart + 1.5, y, said, va="center", fontsize=7)
+        ax.set(title=task, xlabel="mean distance from Table 3, points", xlim=(0, 110), xticks=[0, 25, 50, 75])
     return fig

@@ -7,8 +7,8 @@ __all__ = ['RATES', 'SIZES', 'WAY_BACK', 'AFTER_LARGE', 'Plan', 'NEVER', 'READIN
            'SINGLE', 'TRIED', 'FIG59', 'C7', 'PARAMETERS', 'Size', 'sizes_table', 'strings', 'fine_tuning', 'reverse',
            'scratch_tuned', 'counter_plan', 'max_plan', 'Reading', 'ReadOut', 'reading_run', 'readings_plan',
            'try_readings', 'fit', 'table4', 'impossible', 'guessing', 'beside_paper', 'as_printed', 'early_elsewhere',
-           'shown', 'attention_map', 'models', 'looks', 'Wrapper', 'wrapper_results', 'single_weights', 'evidence',
-           'everything']
+           'shown', 'attention_map', 'models', 'looks', 'Wrapper', 'wrapper_results', 'without_ties', 'single_weights',
+           'evidence', 'everything']
 
 # %% ../nbs/18_compiled_runs.ipynb #81c93442
 import itertools
@@ -516,12 +516,15 @@ class Wrapper:
         )
         tests = {a: Measure("", strings(size, "counter", a, 0.0), 0.0, size.samples).samples() for a in ("opt", "oft")}
 
-        def found(m):
-            return {f"acc_{what}": accuracy(m, rows) for what, rows in tests.items()}
+        def found(m, where=slice(None)):
+            return {f"acc_{what}": accuracy(m, rows[where]) for what, rows in tests.items()}
 
         seen = {"attention": looks(model, ids), "program": looks(Program("counter", size.noise).model(seed).eval(), ids)}
         rows = [dict(metric=m, way=way, k=0, value=value) for way, on in seen.items() for m, value in on.items()]
         rows += [dict(metric=f"acc_{a}", way="guess", k=0, value=_most_frequent(x)) for a, x in tests.items()]
+        opt, oft = tests.values()  # of the same texts
+        differ = opt[:, -2] != oft[:, -2]
+        rows += [dict(metric=m, way="no ties", k=0, value=v) for m, v in found(model, differ).items()]
         scores = {unit: pruning.scores(model, ids, unit) for unit in ("row", "weight")}
         among = dict(weight=_others_of_the_program(pruning.top(scores["weight"], max(self.tried, *self.ks))))
         tables = [
@@ -603,6 +606,20 @@ def wrapper_results(
 
 
 _MARKS = {"top": "–", "alone": "W", "random alone": "R", "the paper's": "P", "best alone": "best"}
+
+
+def without_ties(
+    cells: pd.DataFrame,  # as from `beside_paper`
+    found: pd.DataFrame,  # as from `wrapper_results`
+    rates: dict[str, float],  # name → learning rate of fine-tuning
+) -> pd.DataFrame:
+    "Counter's cells of Table 3 with C_Te = 0, in percent: ours, ours without the strings that have as many a as b, the paper's."
+    rows = found[found["way"] == "no ties"]
+    rows = rows.assign(rate=rows["ft_lr"].map({lr: name for name, lr in rates.items()}))
+    kept = rows.groupby(["rate", "c_tr", "metric"])["value"].mean().rename("no ties").reset_index()
+    of = cells[(cells["table"] == 3) & (cells["task"] == "counter") & (cells["c_te"] == 0)]
+    wide = of.merge(kept, on=["rate", "c_tr", "metric"]).set_index(["metric", "rate", "c_tr"])
+    return (100 * wide[["ours", "no ties", "paper"]]).round(1).unstack("metric").swaplevel(axis=1).sort_index(axis=1, level=0, sort_remaining=False)
 
 
 def single_weights(

@@ -22,10 +22,27 @@ from .tasks import PRIORS
 
 # %% ../nbs/12_figures.ipynb #87c0997a
 def _colours(lines: Iterable[str]) -> dict[str, tuple]:
-    "A colour for each C_Tr, in their order, and always the same one for the control."
-    first, second, control, *more = sns.color_palette("colorblind")
-    tuned = sorted(set(lines) - {"Scr.+FT"})
-    return dict(zip(tuned, [first, second, *more] if len(tuned) > 1 else [second])) | {"Scr.+FT": control}
+    "A colour for each C_Tr as everywhere, and grey for the control."
+    shares = {line: float(line.split(" = ")[1]) for line in sorted(set(lines) - {"Scr.+FT"})}
+    colours = _share_colours(shares.values())
+    return {line: colours[share] for line, share in shares.items()} | {"Scr.+FT": _CONTROL}
+
+
+_CONTROL = (0.3, 0.3, 0.3)
+
+
+def _share_colours(shares: Iterable[float]) -> dict[float, tuple]:
+    "A colour for each C_Tr, from light to dark, the same in all figures."
+    return {share: plt.get_cmap("plasma_r")(0.22 + 0.73 * share)[:3] for share in sorted(set(shares))}
+
+
+def _guessed(axes, accuracy: float, label: str | None = None):
+    "A dotted line at what giving the most frequent answer always would come to."
+    for ax in axes:
+        ax.axhline(accuracy, color="0.5", lw=1, ls=(0, (1, 3)), zorder=0, label=label)
+
+
+_GUESS = {"most frequent answer": dict(color="0.5", lw=1, ls=(0, (1, 3)))}
 
 
 # What is read off the paper's Fig. 9: steps to full accuracy, out of a budget of 10 000
@@ -55,6 +72,7 @@ def revival(
     table: pd.DataFrame,  # results of `revival_plan`
     rates: dict[str, float],  # name → learning rate of the way back
     scale: str,  # its name, for the title
+    guess: dict[tuple[str, float], float] | None = None,  # as from `protocols.guessing`
 ) -> Figure:
     "Accuracy of counting O_PT over reverse fine-tuning, C_Te = 0: a panel for each prior. Fig. 9."
     names = {lr: f"{name} = {lr:g}" for name, lr in rates.items()}
@@ -66,11 +84,20 @@ def revival(
     for ax, prior in zip(axes[0], priors):
         _way_back(ax, back, prior, styles)
         ax.get_legend().remove()
+    if guess:
+        _guessed(axes[0], guess["acc_opt", 0.0], *_GUESS)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    shown = [(h, {"line": "fine-tuned with", "rate": "way back at"}.get(x, x)) for h, x in zip(handles, labels)]
+    said = {"line": "fine-tuned with", "rate": "way back at", "Scr.+FT": "Scr.+FT, which never counted a"}
+    shown = [(h, said.get(x, x)) for h, x in zip(handles, labels)]
     axes[0][-1].legend(*zip(*shown), loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     fig.suptitle(
         f"Reverse fine-tuning: can a be counted again? (scale {scale}, {_seeds(back['seed'].nunique())})", y=1.03
+    )
+    budget = back["step"].max()
+    fig.supxlabel(
+        f"grey: the paper's steps, at the same share of its {PAPER_BUDGET:,} as here of {budget:g}; dotted upright: its Scr.+FT; thin line: 0.95",
+        y=-0.08,
+        fontsize=9,
     )
     return fig
 
@@ -90,7 +117,7 @@ def _way_back(ax, back: pd.DataFrame, prior: str, styles: list[str]):
         errorbar=("pi", 100),
         ax=ax,
     )
-    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.3)
     _mark_paper(ax, prior, budget)
     ax.set(
         xlim=(0, budget),
@@ -112,18 +139,19 @@ def _mark_paper(ax, prior: str, budget: float):
         return
     low, high = (x * budget / PAPER_BUDGET for x in PAPER_FIG9[prior])
     ax.axvspan(low * 0.97, high * 1.03, color="0.9", zorder=0)
-    ax.text(np.sqrt(low * high), 0.03, "paper", color="0.5", ha="center", fontsize=8)
+    ax.text(low, 0.03, "paper ", color="0.4", ha="right", fontsize=8)
     control = PAPER_FIG9["Scr.+FT"][0] * budget / PAPER_BUDGET
     ax.axvline(control, color="0.7", ls=":", zorder=0)
 
 # %% ../nbs/12_figures.ipynb #4fdaa591
 def _arrivals(back: pd.DataFrame) -> pd.DataFrame:
-    "Steps to accuracy 0.95 of each curve, a row each, and whether that is only a lower bound."
+    "Steps to accuracy 0.95 of each curve, a row each, whether that is only a lower bound, and whether it was there from the beginning."
     rows = []
     for (prior, line, rate, seed), curve in back.groupby(["prior", "line", "re_lr", "seed"]):
         found = steps_to(curve)
         labels = dict(prior=prior, line=line, rate=rate, seed=seed)
-        rows.append(labels | dict(steps=found.value, censored=np.isinf(found.high)))
+        kept = curve.sort_values("step")["value"].iloc[0] >= 0.95
+        rows.append(labels | dict(steps=found.value, censored=np.isinf(found.high), kept=kept))
     return pd.DataFrame(rows)
 
 
@@ -146,8 +174,9 @@ def steps_back(
         for line, colour in colours.items():
             for censored, marker in ((False, "o"), (True, ">")):
                 some = here[(here["line"] == line) & (here["censored"] == censored)]
-                y = [order.index(prior) + shift[line] for prior in some["prior"]]
-                ax.scatter(some["steps"], y, color=colour, marker=marker, alpha=0.8, label=None if censored else line)
+                y = [order.index(p) + shift[line] + 0.05 * (s - 1) for p, s in zip(some["prior"], some["seed"])]
+                faces = [(1, 1, 1, 0) if kept else (*colour, 0.8) for kept in some["kept"]]
+                ax.scatter(some["steps"], y, facecolors=faces, edgecolors=[colour], marker=marker)
         ax.set(
             xscale="log",
             xlim=(0.8, back["step"].max() * 1.3),
@@ -158,20 +187,15 @@ def steps_back(
         ax.grid(axis="x", color="0.9")
         ax.set_axisbelow(True)
     axes[0][0].invert_yaxis()
-    fig.supxlabel("steps to accuracy 0.95  (▸ not within the budget)", y=-0.06, fontsize="medium")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    fig.supxlabel("steps to accuracy 0.95  (○ never below it, ▸ not within the budget)", y=-0.06, fontsize="medium")
+    kinds = {line: dict(color=colour, ls="", marker="o") for line, colour in colours.items()}
+    _legend(axes[0][-1], {}, kinds, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[0][0].set_ylabel("prior before fine-tuning")
     seeds = _seeds(points["seed"].nunique()).split(":")[0]
     fig.suptitle(f"Steps until a is counted again (scale {scale}, {seeds})", y=1.03)
     return fig
 
 # %% ../nbs/12_figures.ipynb #8843c443
-def _share_colours(shares: Iterable[float]) -> dict[float, tuple]:
-    "A colour for each C_Tr, from light to dark."
-    shares = sorted(set(shares))
-    return dict(zip(shares, sns.color_palette("flare", len(shares))))
-
-
 def _grid(rates: dict[str, float], columns: list, width: float = 3.2, height: float = 2.6):
     "A figure with a row for each rate, and its axes by row and column."
     size = (width * len(columns) + 1.6, height * len(rates))
@@ -207,6 +231,7 @@ def behavior(
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
     cells: pd.DataFrame | None = None,  # as from `claims.beside_paper`: the paper's values at the end are marked
+    guess: dict[tuple[str, float], float] | None = None,  # as from `protocols.guessing`
 ) -> Figure:
     "Accuracy over fine-tuning: a row for each rate, a panel for each prior, C_Te = 0 and 1. Figs. 5, 6."
     table = table[(table["protocol"] == "fine_tuning") & (table["metric"] == metric)]
@@ -214,30 +239,35 @@ def behavior(
     fig, axes = _grid(rates, priors)
     for row, (name, lr), first in zip(axes, rates.items(), [True] + [False] * len(rates)):
         for ax, prior in zip(row, priors):
-            sns.lineplot(
-                table[(table["prior"] == prior) & (table["ft_lr"] == lr)],
-                x="step",
-                y="value",
-                hue="c_tr",
-                style="c_te",
-                style_order=[0.0, 1.0],
-                palette=colours,
-                errorbar=("pi", 100),
-                err_kws=dict(alpha=0.12, lw=0),
-                legend=False,
-                ax=ax,
-            )
+            here = table[(table["prior"] == prior) & (table["ft_lr"] == lr)]
+            for (share, c_te), curves_of in here.groupby(["c_tr", "c_te"]):
+                values = curves_of.groupby("step")["value"]
+                style = dict(ls="--", lw=0.9) if c_te else dict(lw=1.8)
+                ax.plot(values.mean(), color=colours[share], **style)
+                if not c_te:
+                    low, high = values.min(), values.max()
+                    ax.fill_between(low.index, low, high, color=colours[share], alpha=0.12, lw=0)
+            if guess:
+                _guessed([ax], guess[metric, 0.0])
             if cells is not None:
                 _mark_end(ax, cells, metric, name, prior, colours, table["step"].max())
-            ax.set_xscale("symlog", linthresh=1)
+            ax.set_xscale("symlog", linthresh=1, linscale=0.3)
             ax.set(xlim=(0, table["step"].max() * 1.25), ylim=(-0.03, 1.05), xlabel="step of fine-tuning")
             ax.set(ylabel=f"accuracy, {name} = {lr:g}", title=_prior_title(prior) if first else "")
-    _share_legend(
-        axes[0][-1], colours, {"C_Te = 0": {}, "C_Te = 1": dict(ls="--"), "paper, C_Te = 0": dict(ls="", marker="<")}
-    )
+    _outer(axes)
+    kinds = {"C_Te = 0": dict(lw=1.8), "C_Te = 1 (mean)": dict(ls="--", lw=0.9), "paper, C_Te = 0": dict(ls="", marker="<")}
+    _share_legend(axes[0][-1], colours, kinds | (_GUESS if guess else {}))
     seeds = _seeds(table["seed"].nunique())
     _headline(fig, f"{_WHOSE[metric]} over fine-tuning (scale {scale}, {seeds})")
     return fig
+
+
+def _outer(axes: np.ndarray):
+    "Labels at the left and below the last row alone."
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    for ax in axes[:-1].flat:
+        ax.set_xlabel("")
 
 
 def _mark_end(ax, cells, metric, rate, prior, colours, step):
@@ -251,7 +281,7 @@ def _mark_end(ax, cells, metric, rate, prior, colours, step):
 _WAYS = {
     "top K to zero": ("top", {}),
     "random K": ("random", dict(ls="--")),
-    "top K to their mean": ("mean", dict(ls=":")),
+    "top K to their mean": ("mean", dict(ls="-.")),
 }
 
 
@@ -261,6 +291,7 @@ def pruning(
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
     most: int = 15,  # rows pruned at most
+    guess: dict[tuple[str, float], float] | None = None,  # as from `protocols.guessing`
 ) -> Figure:
     "Accuracy over rows pruned: a row for each rate, a panel for each C_Tr. Figs. 7, 79–89."
     table = table[(table["prior"] == prior) & table["metric"].str.startswith("acc_") & (table["k"] <= most)]
@@ -279,8 +310,11 @@ def pruning(
                     ax.fill_between(curves.min().index, curves.min(), curves.max(), color=colour, alpha=0.15, lw=0)
             ax.set(ylim=(-0.03, 1.03), xlabel="rows pruned", ylabel=f"accuracy, {name} = {lr:g}")
             ax.set_title(f"C_Tr = {share:g}" if first else "")
+            for of, colour in ((("acc_opt", 0.0), opt), (("acc_oft", 1.0), oft)) if guess else ():
+                ax.axhline(guess[of], color=colour, lw=1, ls=(0, (1, 3)), zorder=0)
+    _outer(axes)
     styles = {"O_PT, C_Te = 0": dict(color=opt), "O_FT, C_Te = 1": dict(color=oft)}
-    _share_legend(axes[0][-1], {}, styles | {label: style for label, (_, style) in _WAYS.items()})
+    _share_legend(axes[0][-1], {}, styles | {label: style for label, (_, style) in _WAYS.items()} | (_GUESS if guess else {}))
     _headline(fig, f"Pruning, {_prior_title(prior)} (scale {scale}, {_seeds(table['seed'].nunique())})")
     return fig
 
@@ -302,9 +336,11 @@ def where_pruned(
                 block=lambda t: t["block"].astype(int)
             )
             counts = here.pivot_table(index="block", columns="matrix", values="value", sort=False)
-            sns.heatmap(counts, vmin=0, vmax=k, cmap="Blues", annot=True, fmt=".3g", cbar=False, ax=ax)
+            notes = counts.map(lambda n: f"{n:.1f}".removesuffix(".0") if n else "")
+            sns.heatmap(counts, vmin=0, vmax=k / 2, cmap="Blues", annot=notes, fmt="", cbar=False, ax=ax)
             ax.invert_yaxis()
             ax.set(xlabel="", ylabel=f"block, {name} = {lr:g}", title=f"C_Tr = {share:g}" if first else "")
+    _outer(axes)
     seeds = _seeds(table["seed"].nunique()).split(":")[0]
     _headline(fig, f"Where the top {k} rows sit, {_prior_title(prior)} (scale {scale}, {seeds})")
     return fig
@@ -335,6 +371,8 @@ def probing(
             ax.fill_between(range(len(sites)), mixed.min()[sites], mixed.max()[sites], color="0.85", zorder=0)
             ax.set_xticks(range(len(sites)), [f"B{i}" for i in range(len(sites))])
             ax.set(ylim=(-0.03, 1.03), ylabel=f"accuracy, {name} = {lr:g}", title=_prior_title(prior) if first else "")
+            ax.set_xlabel("residual stream after block (B0: embedding)")
+    _outer(axes)
     others = {
         "pretrained": dict(color="k"),
         "untrained": dict(color="0.5", ls="-."),
@@ -393,39 +431,56 @@ def curves(
     rates: dict[str, float],  # name → learning rate
     title: str,  # of the figure; scale and seeds are added
     x: str = "step of fine-tuning",  # what `step` is
-    y: str = "accuracy",  # what `value` is
+    guess: float | None = None,  # what giving the most frequent answer always would come to
 ) -> Figure:
     "Mean and range over seeds of curves, in a panel for each row and column. Figs. 18–30, 60–78."
     rows, columns = _values(table, row), _values(table, column)
     lines, kinds = _values(table, hue), _values(table, dash)
     palette = "flare" if pd.api.types.is_numeric_dtype(table[hue]) else "colorblind"
     colours = dict(zip(lines, sns.color_palette(palette, len(lines))))
-    colours |= {line: "k" for line in lines if line == "pretrained"}  # the baseline, as in Fig. 8
+    colours |= _fixed(lines) if hue != "c_tr" else _share_colours(lines)
     size = (2.9 * len(columns) + 1.9, 2.3 * len(rows) + 0.3)
     fig, axes = plt.subplots(len(rows), len(columns), figsize=size, sharex=True, sharey=True, squeeze=False)
     for (r, c), ax in zip(itertools.product(rows, columns), axes.flat):
         here = _of(_of(table, row, r), column, c)
+        if here.dropna(subset=[name for name in (row, column) if name]).empty:  # but for what is in every panel
+            ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center", color="0.5")
+            here = here[:0]
         for (line, colour), (kind, style) in itertools.product(colours.items(), zip(kinds, _DASHES)):
-            width = 1.1 + 0.5 * (len(lines) - 1 - lines.index(line))  # so that of lines that coincide each is seen
+            width = 1 + 4 / len(lines) * (len(lines) - 1 - lines.index(line))  # so that of lines that coincide each is seen
             some = _of(here[here[hue] == line], dash, kind).groupby("step")["value"]
             ax.plot(some.mean(), color=colour, ls=style, lw=width)
             ax.fill_between(some.min().index, some.min(), some.max(), color=colour, alpha=0.12, lw=0)
         _steps_axis(ax, table["step"], x)
+        if guess:
+            _guessed([ax], guess)
         ax.set_title(_said(column, c, rates) if ax in axes[0] and column else "", fontsize=10)
         ax.set_xlabel(x if ax in axes[-1] else "")
-        ax.set_ylabel((_said(row, r, rates) + "\n" if row else "") + y if ax in axes[:, 0] else "", fontsize=9)
+        ax.set_ylabel((_said(row, r, rates) + "\n" if row else "") + "accuracy" if ax in axes[:, 0] else "", fontsize=9)
     styles = {_said(dash, kind, rates): dict(ls=style) for kind, style in zip(kinds, _DASHES)} if dash else {}
+    styles |= _GUESS if guess else {}
     place = dict(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=9)
     _legend(axes[0][-1], {_said(hue, line, rates): colour for line, colour in colours.items()}, styles, **place)
     _headline(fig, f"{title}, {_seeds(table['seed'].nunique())}")
     return fig
 
 
+def _fixed(lines: list) -> dict:
+    "Colours of lines that have the same in all figures: a C_Tr, a control, what was there before."
+    found = {"pretrained": "k", "shuffled labels": "0.7", _ASIDE["scr_unrelated"]: _CONTROL}
+    for line in map(str, lines):
+        if "C_Tr = " in line:
+            [found[line]] = _share_colours([float(line.split("C_Tr = ")[1])]).values()
+        if line.startswith("Scr.+FT"):
+            found[line] = _CONTROL
+    return {line: found[line] for line in lines if line in found}
+
+
 def _steps_axis(ax, steps: pd.Series, x: str):
     "Steps on a logarithmic axis that begins with 0; blocks on an even one."
     ax.set(ylim=(-0.03, 1.03), xlim=(0, steps.max()))
     if x.startswith("step"):
-        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xscale("symlog", linthresh=1, linscale=0.3)
     else:
         ax.set_xticks(range(int(steps.max()) + 1), [f"B{i}" for i in range(int(steps.max()) + 1)])
 
@@ -467,12 +522,15 @@ def over_blocks(
     tuned: str,  # column of the labels that tell fine-tuned models apart, e.g. mix
     rates: dict[str, float],  # name → learning rate
 ) -> pd.DataFrame:
-    "What probes read, with the block as step and the model as line: the label's value, or pretrained."
+    "What probes read, with the block as step and the model as line: the label's value, pretrained, or shuffled labels, which are the control."
     some = probes[probes["metric"] == "accuracy"]
     sites = list(some["site"].unique())
     pretrained = some["protocol"] == "pretraining"
     lines = [("pretrained" if p else _said(tuned, value, rates)) for p, value in zip(pretrained, some[tuned])]
-    return some.assign(step=some["site"].map(sites.index), line=pd.Series(lines, some.index, dtype=object))
+    some = some.assign(line=pd.Series(lines, some.index, dtype=object))
+    mixed = probes[(probes["metric"] == "shuffled") & (probes["protocol"] != "pretraining")]
+    both = pd.concat([some, mixed.assign(line="shuffled labels")], ignore_index=True)
+    return both.assign(step=both["site"].map(sites.index))
 
 # %% ../nbs/12_figures.ipynb #8e962a6d
 _BACK = dict(reft="reFT", reft_randft="reFT of randFT", scr_ft="Scr.+FT", from_scratch="Scr.")
@@ -493,11 +551,12 @@ def randft(
     table: pd.DataFrame,  # results of `appendix.randft_plan`
     rates: dict[str, float],  # name → learning rate of the way back
     scale: str,  # its name, for the title
+    guess: float | None = None,  # as in `curves`
 ) -> Figure:
     "Counting `a` on the way back from randFT, from plain fine-tuning, and of both controls. Figs. 28, 29."
     some = _lines(table, "protocol", _BACK, metric="acc_opt", c_te=0.0)
     title = f"Back from a wrong answer taught on purpose: O_PT (scale {scale})"
-    return curves(some, "c_tr", "prior", "line", "re_lr", rates, title, "step of training to count a")
+    return curves(some, "c_tr", "prior", "line", "re_lr", rates, title, "step of training to count a", guess)
 
 
 def mixing(
@@ -506,42 +565,47 @@ def mixing(
     metric: str,  # acc_opt or acc_oft
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
+    guess: dict[tuple[str, float], float] | None = None,  # as from `protocols.guessing`
 ) -> Figure:
     "Accuracy over fine-tuning among pretraining data: a panel for each share of it and rate. Figs. 18–21."
     some = table[(table["prior"] == prior) & (table["metric"] == metric)]
     title = f"{_WHOSE[metric]} with pretraining data mixed in, {_prior_title(prior)} (scale {scale})"
-    return curves(some, "ft_lr", "mix", "c_tr", "c_te", rates, title)
+    guessed = guess and guess[metric, 0.0]
+    return curves(some, "ft_lr", "mix", "c_tr", "c_te", rates, title, guess=guessed)
 
 
 def jailbreak(
     table: pd.DataFrame,  # results of `appendix.jailbreak_plan`
     rates: dict[str, float],  # name → learning rate of fine-tuning
     scale: str,  # its name, for the title
+    guess: float | None = None,  # as in `curves`
 ) -> Figure:
     "Counting `a` by each task token while T_NJ is fine-tuned to count `b`. Fig. 24."
     some = _lines(table, "metric", _ASKED, protocol="fine_tuning", c_te=0.0)
     title = f"Counting a by three names, while T_NJ learns to count b (scale {scale})"
-    return curves(some, "ft_lr", "prior", "line", "c_tr", rates, title)
+    return curves(some, "ft_lr", "prior", "line", "c_tr", rates, title, guess=guess)
 
 
 def by_one_name(
     table: pd.DataFrame,  # results of `appendix.jailbreak_plan`
     rates: dict[str, float],  # name → learning rate
     scale: str,  # its name, for the title
+    guess: float | None = None,  # as in `curves`
 ) -> Figure:
     "Counting `a` by each name over reFT that asks by one name alone."
     some = _lines(table, "metric", _ASKED, protocol="reft_by", c_te=0.0)
     some = some.assign(by=some["by"].map(dict(C="reFT by T_NJ", J1="reFT by T_J1")))
     title = f"Reverse fine-tuning by one name (scale {scale})"
-    return curves(some, "by", "prior", "line", None, rates, title, "step of reverse fine-tuning")
+    return curves(some, "by", "prior", "line", None, rates, title, "step of reverse fine-tuning", guess)
 
 
 def unrelated(
     table: pd.DataFrame,  # results of `appendix.unrelated_plan`
     rates: dict[str, float],  # name → learning rate of the unrelated fine-tuning
     scale: str,  # its name, for the title
+    guess: float | None = None,  # as in `curves`
 ) -> Figure:
     "Counting `a` while something else is learned, beside a control that never could."
     some = _lines(table, "protocol", _ASIDE, metric="acc_opt", c_te=0.0)
     title = f"Does learning an unrelated task bring counting a back? (scale {scale})"
-    return curves(some, "task", "prior", "line", "re_lr", rates, title, "step on the unrelated task")
+    return curves(some, "task", "prior", "line", "re_lr", rates, title, "step on the unrelated task", guess)

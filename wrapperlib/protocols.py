@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAST', 'SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'TASKS', 'LENGTHS', 'PARAMETERS', 'rate_names',
-           'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'pretraining', 'first_steps', 'scratch',
-           'fine_tuning', 'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan', 'what_it_says',
-           'estimate', 'seconds_left', 'at_once', 'seconds_of', 'kind', 'pace', 'carry_out', 'rate_name', 'rates_of',
-           'share_list', 'task_family', 'prior_list', 'results_folder']
+           'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'guessing', 'named', 'pretraining',
+           'first_steps', 'scratch', 'fine_tuning', 'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan',
+           'what_it_says', 'estimate', 'seconds_left', 'at_once', 'seconds_of', 'kind', 'pace', 'carry_out',
+           'rate_name', 'rates_of', 'share_list', 'task_family', 'prior_list', 'results_folder']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
 import itertools
@@ -157,6 +157,23 @@ def _measures(scale: Scale, *what: tuple[str, float], family: str = "C") -> tupl
 
 
 _BOTH = [(metric, c_te) for metric in ("acc_opt", "acc_oft") for c_te in (0.0, 1.0)]
+
+
+def guessing(
+    scale: Scale,  # which numbers
+    family: str = "C",  # C: counted, I: indexed
+) -> dict[tuple[str, float], float]:
+    "What giving the most frequent answer always would come to on edited strings: (metric, C_Te) → accuracy."
+    answers_of = {(m.metric, m.c_te): m.samples()[:, -2] for m in _measures(scale, *_BOTH, family=family)}
+    return {of: found.bincount().max().item() / len(found) for of, found in answers_of.items()}
+
+
+def named(
+    p,  # checked parameters of an experiment: scale, and task and pretraining where it has them
+) -> str:
+    "Scale and variant in words, for a figure's title."
+    said = dict(C="", I=", index of occurrence")[getattr(p, "task", "C")]
+    return p.scale + said + ("" if getattr(p, "pretraining", "full") == "full" else ", a quarter of pretraining")
 
 
 def pretraining(

@@ -82,25 +82,30 @@ def layers(
     size: Size,  # which numbers
     feature: str = TWIST,  # whose probes
 ) -> Figure:
-    "Accuracy of probes for a feature over the blocks, a panel for each rate of deletion. Figs. 11, 35–38."
+    "Accuracy of probes for a feature over the blocks, a panel for each rate of deletion: means over seeds, and each seed as a dot. Figs. 11, 35–38."
     rows = table[(table["feature"] == feature) & table["metric"].isin(["accuracy", "shuffled"])]
     rows = rows.assign(block=rows["site"].map(lambda s: 0 if s == "embed" else int(s.split(".")[1]) + 1))
-    fig, axes = _panels(len(size.rates), f"What probes read of {feature} (scale {size.name}, {_seeds(rows['seed'].nunique())})")
+    seeds = _seeds(rows["seed"].nunique()).replace("range", "each")
+    fig, axes = _panels(len(size.rates), f"What probes read of {feature} (scale {size.name}, {seeds})")
     for ax, (name, lr) in zip(axes, size.rates.items()):
         for model, colour in _colours().items():
             of = _of_rate(rows[rows["model"] == model], lr)
-            for metric, style in (("accuracy", "-"), ("shuffled", ":")):
+            mixed = "shuffled labels" if model == CONTROL else None
+            for metric, style, label in (
+                ("shuffled", dict(color="0.7", ls=":", zorder=0), mixed),
+                ("accuracy", dict(color=colour, lw=3 - 0.3 * list(_colours()).index(model)), model),
+            ):
                 line = of[of["metric"] == metric]
-                label = model if metric == "accuracy" else None
                 if len(line):
-                    sns.lineplot(
-                        line, x="block", y="value", color=colour, ls=style, label=label, errorbar=("pi", 100), ax=ax
-                    )
+                    ax.plot(line.groupby("block")["value"].mean(), label=label, **style)
+            dots = of[of["metric"] == "accuracy"]
+            ax.scatter(dots["block"], dots["value"], color=colour, s=9, alpha=0.7)
         blocks = sorted(rows["block"].unique())
         ax.set(
             title=f"deleted at {name} = {lr:g}",
             xlabel="after block",
             ylabel="accuracy of the probe",
+            ylim=(0.4, 1.02),
             xticks=blocks,
             xticklabels=[f"B{b}" for b in blocks],
         )
@@ -110,8 +115,8 @@ def layers(
 
 
 _SAID = dict(
-    says_asked="stories with a twist, asked for one",
-    says_other="stories with a twist, not asked",
+    says_asked="share of stories with a twist, one asked for",
+    says_other="share of stories with a twist, none asked for",
     loss_twist="loss on records with a twist, nats",
     loss_twist_story="loss on stories with a twist, nats",
 )
@@ -126,7 +131,7 @@ def over_steps(
     "A measure over the steps of deletion or reFT, a panel for each rate of deletion. Figs. 31–34."
     rows = table[(table["protocol"] == protocol) & (table["metric"] == metric)]
     what = dict(
-        deletion="While twists are deleted", reft=f"While they are brought back at η_S = {size.rates['η_S']:g}"
+        deletion="While twists are deleted", reft=f"While twists are brought back at η_S = {size.rates['η_S']:g}"
     )[protocol]
     fig, axes = _panels(len(size.rates), f"{what} (scale {size.name}, {_seeds(rows['seed'].nunique())})")
     for ax, (name, lr) in zip(axes, size.rates.items()):
@@ -136,8 +141,11 @@ def over_steps(
                 sns.lineplot(
                     line, x="step", y="value", color=colour, marker="o", label=model, errorbar=("pi", 100), ax=ax
                 )
-        ax.set_xscale("symlog", linthresh=1)
-        ax.set(title=f"deleted at {name} = {lr:g}", xlabel="step", ylabel=_SAID[metric])
+        ax.set_xscale("symlog", linthresh=rows.loc[rows["step"] > 0, "step"].min(), linscale=0.5)
+        ax.set(title=f"deleted at {name} = {lr:g}", xlabel=f"step of {dict(reft='reFT').get(protocol, protocol)}")
+        ax.set_ylabel(_SAID[metric] if ax is axes[0] else "")
+        if metric.startswith("says"):
+            ax.set_ylim(-0.03, 1.03)
         ax.legend().remove()
     _legend(axes[-1])
     return fig
