@@ -42,6 +42,13 @@ def _guessed(axes, accuracy: float, label: str | None = None):
         ax.axhline(accuracy, color="0.5", lw=1, ls=(0, (1, 3)), zorder=0, label=label)
 
 
+def _legend(ax, colours: dict[str, tuple], styles: dict[str, dict], **place):
+    "What colours and kinds of line mean."
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    lines += [Line2D([], [], **(dict(color="0.3") | style), label=label) for label, style in styles.items()]
+    ax.legend(handles=lines, frameon=False, **place)
+
+
 _GUESS = {"most frequent answer": dict(color="0.5", lw=1, ls=(0, (1, 3)))}
 
 
@@ -213,13 +220,6 @@ def _share_legend(ax, colours: dict[float, tuple], others: dict[str, dict]):
     "What the colours of C_Tr and line styles mean, at the right of a panel."
     place = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
     _legend(ax, {f"C_Tr = {share:g}": colour for share, colour in colours.items()}, others, **place)
-
-
-def _legend(ax, colours: dict[str, tuple], styles: dict[str, dict], **place):
-    "What colours and kinds of line mean."
-    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    lines += [Line2D([], [], **(dict(color="0.3") | style), label=label) for label, style in styles.items()]
-    ax.legend(handles=lines, frameon=False, **place)
 
 
 _WHOSE = dict(acc_opt="O_PT (a)", acc_oft="O_FT (b)")
