@@ -434,16 +434,17 @@ def early_elsewhere(
 # %% ../nbs/18_compiled_runs.ipynb #d1496e4a
 COUNTS_IN = 1  # the block whose attention counts
 
-SHOWN = {"counter": "ccccbcacbbcccacbccccccccccccacccccccccbcccccc#", "max": "kehwmguatd" + 15 * "#"}  # Figs. 10, 44
+_MORE = {"counter 2": "cacccccccba".ljust(46, "c") + "#", "counter 3": "ccccbcccaa".ljust(46, "c") + "#"}  # Figs. 41, 49
+SHOWN = {"counter": "ccccbcacbbcccacbccccccccccccacccccccccbcccccc#", "max": "kehwmguatd" + 15 * "#"} | _MORE  # Figs. 10, 44
 
 
 def shown(
     size: Size,  # which numbers
 ) -> dict[str, str]:
     "The texts of the attention maps: those of the paper, Counter's cut to as many letters as it has at that size."
-    whole = SHOWN["counter"]
-    letters = whole[: size.drawn or TASKS["counter"].drawn]
-    return SHOWN | dict(counter=letters.ljust(len(whole), "#"))
+    n = size.drawn or TASKS["counter"].drawn
+    cut = {name: text[:n].ljust(len(text), "#") for name, text in SHOWN.items() if name != "max"}
+    return SHOWN | cut
 
 
 def attention_map(
