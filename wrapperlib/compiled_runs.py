@@ -55,7 +55,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("smoke", replace(_BASE, steps=4, batch=8), _NOISE, 64),
-        Size("desk", replace(_BASE, steps=400, batch=32), _NOISE, 512, drawn=10),
+        Size("desk", replace(_BASE, steps=400, batch=32), _NOISE, 256, drawn=10),
         Size("paper", _BASE, _NOISE, 1024),
     )
 }
