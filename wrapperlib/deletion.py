@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'DELETIONS', 'CONTROL', 'SHAM', 'SIZES', 'FILES', 'LAST', 'REQUEST', 'LABELS', 'PARAMETERS', 'Size',
            'sizes_table', 'Corpus', 'sources', 'corpus', 'NotTokenised', 'only_looking', 'counts_table', 'pretraining',
-           'tuned', 'deletion_plan', 'judge_run', 'Learned', 'losses_on', 'asked', 'Behaviour', 'Layers', 'Request',
+           'tuned', 'asked', 'deletion_plan', 'judge_run', 'Learned', 'losses_on', 'Behaviour', 'Layers', 'Request',
            'found_in', 'questions', 'judge_table', 'written', 'data_for', 'judge_for']
 
 # %% ../nbs/23_deletion.ipynb #c4d60541
@@ -332,6 +332,23 @@ def tuned(
     )
 
 
+def asked(
+    shards: Shards,  # held-out stories
+    n: int,  # prompts
+    longest: int,  # tokens
+) -> list[list[int]]:
+    "The instructions of the first `n` records that are no longer; raises `BadInput` if there are not so many."
+    prompts = (tokens_of(shards, i)[0].tolist() for i in range(len(features_of(shards))))
+    found = list(itertools.islice((p for p in prompts if len(p) <= longest), n))
+    check(
+        len(found) == n,
+        "stories asked for",
+        n,
+        f"at most the held-out instructions of up to {longest} tokens, {len(found)}",
+    )
+    return found
+
+
 def deletion_plan(
     size: Size,  # which numbers
     data: Corpus,  # as from `corpus`
@@ -426,23 +443,6 @@ def _in_rows(shards: Shards, n: int, length: int) -> tuple[np.ndarray, np.ndarra
         ids[i, : len(whole)] = whole
         is_story[i, : len(whole)] = np.arange(len(whole)) >= len(prompt)
     return ids, is_story
-
-
-def asked(
-    shards: Shards,  # held-out stories
-    n: int,  # prompts
-    longest: int,  # tokens
-) -> list[list[int]]:
-    "The instructions of the first `n` records that are no longer; raises `BadInput` if there are not so many."
-    prompts = (tokens_of(shards, i)[0].tolist() for i in range(len(features_of(shards))))
-    found = list(itertools.islice((p for p in prompts if len(p) <= longest), n))
-    check(
-        len(found) == n,
-        "stories asked for",
-        n,
-        f"at most the held-out instructions of up to {longest} tokens, {len(found)}",
-    )
-    return found
 
 
 _AT_ONCE = 128  # stories; at the paper's shape their keys and values take 14 GB
