@@ -276,7 +276,10 @@ def readings_plan(
 ) -> Plan:
     "Each reading on each of `CELLS`."
     return [
-        (dict(reading=reading.name, task=cell[0], rate=cell[1], c_tr=cell[2]), reading_run(reading, cell, size, seed))
+        (
+            dict(reading=reading.name, task=cell[0], rate=cell[1], c_tr=cell[2], seed=seed),
+            reading_run(reading, cell, size, seed),
+        )
         for cell, reading in itertools.product(CELLS, tried)
     ]
 
@@ -287,7 +290,7 @@ def try_readings(
     device: str = "cpu",  # as from `pick_device`
     workers: int = 0,  # as in `train_all`
 ) -> tuple[pd.DataFrame, dict]:
-    """Beside the paper's cells: rows of reading, task, rate, c_tr, c_te, metric, before, ours, paper; and what `train_all` says of itself.
+    """Beside the paper's cells: rows of reading, task, rate, c_tr, seed, c_te, metric, before, ours, paper; and what `train_all` says of itself.
 
     A run whose loss does not stay finite is part of the answer: `ours` is missing there.
     """
