@@ -17,7 +17,8 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .figures import _CONTROL, _GUESS, _WHOSE, _guessed, _headline, _legend, _seeds, _share_colours
+from .compiled_runs import _MARKS, FIG59, SINGLE
+from .figures import _CONTROL, _GUESS, _WHOSE, _guessed, _headline, _legend, _mean_and_range, _seeds, _share_colours
 
 # %% ../nbs/19_compiled_figures.ipynb #72cb7e2a
 MOST = 0.5  # the colours' upper end in the paper's figures
@@ -101,13 +102,10 @@ def activations(
     return fig
 
 # %% ../nbs/19_compiled_figures.ipynb #8705a428
-_BARS = {
-    "–": ("alone", 0),
-    **{f"W{i}": ("alone", i) for i in range(1, 5)},
-    **{f"R{i}": ("random alone", i) for i in range(1, 5)},
-    **{f"P{i}": ("the paper's", i) for i in (1, 2)},
-    "best": ("best alone", 1),
-}
+_MANY = {"alone": SINGLE, "random alone": SINGLE, "the paper's": len(FIG59)}
+_BARS = {_MARKS["top"]: ("top", 0)}
+_BARS |= {f"{_MARKS[way]}{k}": (way, k) for way, n in _MANY.items() for k in range(1, n + 1)}
+_BARS |= {_MARKS["best alone"]: ("best alone", 1)}
 _BESIDE = dict(loc="center left", bbox_to_anchor=(1.02, 0.5))  # where a legend stands
 
 
@@ -129,7 +127,7 @@ def single_weights(
             for rate, colour in colours.items():
                 some = here[here["ft_lr"].map(names) == rate]
                 for x, (way, k) in enumerate(_BARS.values()):
-                    chosen = some[(some["way"] == ("top" if k == 0 else way)) & (some["k"] == k)]["value"]
+                    chosen = some[(some["way"] == way) & (some["k"] == k)]["value"]
                     if len(chosen):
                         place = x + 0.22 * (list(rates).index(rate) - (len(rates) - 1) / 2)
                         ax.bar(place, chosen.mean(), 0.2, color=colour, edgecolor=colour, lw=1.2)  # a zero leaves a stroke
@@ -169,10 +167,7 @@ def many_weights(
             here = table[(table["c_tr"] == share) & (table["metric"] == metric)]
             for (lr, way), curves in here.groupby(["ft_lr", "way"]):
                 if lr in colours:
-                    values = curves.groupby("k")["value"]
-                    ax.plot(values.mean(), color=colours[lr], ls="-" if way == "top" else "--")
-                    low, high = values.min(), values.max()
-                    ax.fill_between(low.index, low, high, color=colours[lr], alpha=0.12, lw=0)
+                    _mean_and_range(ax, curves, "k", color=colours[lr], ls="-" if way == "top" else "--")
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
             ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
     for row, metric in zip(axes, _WHOSE):
@@ -234,9 +229,7 @@ def revival(
         curves = [(f"reFT, C_Tr = {c:g}", here[here["c_tr"] == c], dict(color=colour)) for c, colour in colours.items()]
         curves.append(("Scr.+FT", here[here["protocol"] == "scr_ft"], dict(color=_CONTROL, ls="--")))
         for label, rows, style in curves:
-            values = rows.groupby("step")["value"]
-            ax.plot(values.mean(), label=label, **style)
-            ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.15, lw=0)
+            _mean_and_range(ax, rows, label=label, **style)
         ax.set_xscale("symlog", linthresh=1, linscale=0.3)
         ax.set(xlim=(0, None), ylim=(-0.03, 1.03), title=f"way back at {name} = {lr:g}", xlabel="step")
     _guessed(axes, guess["acc_opt"], *_GUESS)

@@ -297,11 +297,11 @@ def try_readings(
     asked = list(dict.fromkeys(run for _, run in plan))
     had = sum(map(store.finished, asked))
     try:
-        train_all(store, asked, device, workers)
-    except NotFinite as e:
+        done = train_all(store, asked, device, workers)
+    except NotFinite as e:  # all others are trained
         print(e)
-    there = [run for run in asked if store.finished(run)]
-    done = train_all(store, there, quiet=True) | dict(trained=len(there) - had, reused=had)
+        there = [run for run in asked if store.finished(run)]
+        done = train_all(store, there, quiet=True) | dict(trained=len(there) - had, reused=had)
     papers = _cells(3).set_index(["task", "rate", "c_tr", "metric", "c_te"])["paper"]
     rows = []
     for labels, run in plan:

@@ -49,6 +49,13 @@ def _legend(ax, colours: dict[str, tuple], styles: dict[str, dict], **place):
     ax.legend(handles=lines, frameon=False, **place)
 
 
+def _mean_and_range(ax, rows: pd.DataFrame, x: str = "step", **style):
+    "A line through the means over seeds, and a band from the least to the most."
+    values = rows.groupby(x)["value"]
+    ax.plot(values.mean(), **style)
+    ax.fill_between(values.min().index, values.min(), values.max(), color=style["color"], alpha=0.12, lw=0)
+
+
 _GUESS = {"most frequent answer": dict(color="0.5", lw=1, ls=(0, (1, 3)))}
 
 
@@ -240,13 +247,9 @@ def behavior(
     for row, (name, lr), first in zip(axes, rates.items(), [True] + [False] * len(rates)):
         for ax, prior in zip(row, priors):
             here = table[(table["prior"] == prior) & (table["ft_lr"] == lr)]
-            for (share, c_te), curves_of in here.groupby(["c_tr", "c_te"]):
-                values = curves_of.groupby("step")["value"]
-                style = dict(ls="--", lw=0.9) if c_te else dict(lw=1.8)
-                ax.plot(values.mean(), color=colours[share], **style)
-                if not c_te:
-                    low, high = values.min(), values.max()
-                    ax.fill_between(low.index, low, high, color=colours[share], alpha=0.12, lw=0)
+            for share, rows in here.groupby("c_tr"):
+                ax.plot(rows[rows["c_te"] == 1].groupby("step")["value"].mean(), color=colours[share], ls="--", lw=0.9)
+                _mean_and_range(ax, rows[rows["c_te"] == 0], color=colours[share], lw=1.8)
             if guess:
                 _guessed([ax], guess[metric, 0.0])
             if cells is not None:
@@ -446,11 +449,9 @@ def curves(
         if here.dropna(subset=[name for name in (row, column) if name]).empty:  # but for what is in every panel
             ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center", color="0.5")
             here = here[:0]
-        for (line, colour), (kind, style) in itertools.product(colours.items(), zip(kinds, _DASHES)):
-            width = 1 + 4 / len(lines) * (len(lines) - 1 - lines.index(line))  # so that of lines that coincide each is seen
-            some = _of(here[here[hue] == line], dash, kind).groupby("step")["value"]
-            ax.plot(some.mean(), color=colour, ls=style, lw=width)
-            ax.fill_between(some.min().index, some.min(), some.max(), color=colour, alpha=0.12, lw=0)
+        for (i, (line, colour)), (kind, style) in itertools.product(enumerate(colours.items()), zip(kinds, _DASHES)):
+            width = 1 + 4 * (1 - (i + 1) / len(lines))  # so that of lines that coincide each is seen
+            _mean_and_range(ax, _of(here[here[hue] == line], dash, kind), color=colour, ls=style, lw=width)
         _steps_axis(ax, table["step"], x)
         if guess:
             _guessed([ax], guess)
