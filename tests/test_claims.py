@@ -1,6 +1,7 @@
 "Statistics and verdicts."
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -21,18 +22,22 @@ from wrapperlib.claims import (
     at_end,
     behavior_claims,
     beside_paper,
+    gone_or_wrapped,
     interval,
     judge,
     judge_all,
     judge_each,
     judge_revival,
+    page,
     paper_tables,
     probing_claims,
     pruning_claims,
     steps_to,
     sweep_claims,
     verdict_table,
+    wrapped_claims,
 )
+from wrapperlib.runs import publish
 
 RATES = {"η_L": 1e-3, "η_M": 3e-4, "η_S": 1e-4}
 
@@ -48,6 +53,81 @@ def test_interval_is_students():
     mean, low, high = interval(exact(2, 8), ratio=True)
     assert mean == pytest.approx(4) and low * high == pytest.approx(16)
     assert interval([Value(3, 1, 9)]) == (3, 1, 9)
+
+
+def test_several_seeds_are_never_surer_than_their_common_strings_nor_beyond_what_can_be():
+    agreed = [at_end(curve([0, 1], [1.0, 25 / 256]), 256)] * 3
+    assert interval(agreed) == pytest.approx((25 / 256, agreed[0].low, agreed[0].high))
+    assert judge(Claim("X", "", "", "<=", 0.1, None), agreed)["verdict"] == "inconclusive"
+    apart = [at_end(curve([0, 1], [0.0, p]), 512) for p in (1.0, 0.6, 1.0)]
+    mean, low, high = interval(apart)
+    assert high == 1 and low == pytest.approx(stats.t.interval(0.90, 2, mean, stats.sem([1.0, 0.6, 1.0]))[0])
+    less = [one - other for one, other in zip(apart, agreed)]
+    assert interval(less)[2] < 1 + 1e-9 and less[0].within == (-1.0, 1.0)
+
+
+def test_a_step_is_known_as_well_as_the_accuracies_around_it():
+    barely = curve([0, 10, 20, 40], [0.0, 0.945, 0.955, 0.96])
+    assert (steps_to(barely).low, steps_to(barely).high) == (10, 20)
+    assert (steps_to(barely, n=512).low, steps_to(barely, n=512).high) == (1, math.inf)
+    almost = steps_to(curve([0, 10, 400], [0, 0.2, 0.945]), n=512)
+    assert (almost.value, almost.low, almost.high) == (400, 10, math.inf)
+    clear = curve([0, 10, 20], [0.0, 0.5, 1.0])
+    assert steps_to(clear, n=512) == steps_to(clear)
+
+
+def own(seed, tuned, reft, scr_ft, steps=(0, 10, 100, 1000)):
+    curves = dict(fine_tuning=tuned, reft=reft, scr_ft=scr_ft)
+    made = [curve(list(steps), list(c)).assign(protocol=name, seed=seed, metric="mine") for name, c in curves.items()]
+    return pd.concat(made, ignore_index=True)
+
+
+HAD, LOST, QUICK, SLOW = (1.0, 1.0, 1.0, 1.0), (1.0, 0.7, 0.3, 0.3), (0.3, 1.0, 1.0, 1.0), (0.3, 0.3, 0.3, 1.0)
+
+
+@pytest.mark.parametrize(
+    "curves, answer",
+    [
+        ((LOST, QUICK, SLOW), "wrapped: it comes back 101"),
+        ((LOST, SLOW, SLOW), "no sooner: it comes back 1 times"),
+        ((LOST, SLOW, QUICK), "no sooner: it comes back 0.0"),
+        ((HAD, HAD, SLOW), "not lost"),
+        ((SLOW[:1] * 4, QUICK, SLOW), "undecided: fails (W1"),
+        ((LOST, QUICK, HAD), "undecided: fails (W3"),
+        ((LOST, SLOW[:1] * 4, SLOW[:1] * 4), "undecided: inconclusive (W5"),  # neither arrives
+        (((1.0, 0.7, 0.5, 0.5), QUICK, SLOW), "undecided: inconclusive (W2"),
+    ],
+)
+def test_gone_or_wrapped(curves, answer):
+    table = pd.concat(own(seed, *curves) for seed in range(3))
+    said = gone_or_wrapped(judge_each(wrapped_claims("mine"), table))
+    assert said.startswith(answer), said
+    if answer.startswith("undecided: fails"):
+        return
+    missing = gone_or_wrapped(judge_each(wrapped_claims("mine"), table[table["protocol"] != "scr_ft"]))
+    assert missing.startswith("not lost" if answer == "not lost" else "undecided")
+
+
+def test_what_a_claim_of_ones_own_is_asked_by_is_checked():
+    with pytest.raises(BadInput, match=r"lost is 0.95; allowed: at least 0 and below there, which is 0.95"):
+        wrapped_claims("mine", lost=0.95)
+    with pytest.raises(BadInput, match=r"sooner is 0.5; allowed: numbers from 1 on"):
+        wrapped_claims("mine", sooner=0.5)
+    both = pd.concat([own(0, LOST, QUICK, SLOW).assign(c_te=c) for c in (0.0, 1.0)])
+    with pytest.raises(BadInput, match="several values at step"):
+        judge_each(wrapped_claims("mine"), both)
+    assert gone_or_wrapped(judge_each(wrapped_claims("mine", c_te=1.0), both)).startswith("wrapped")
+
+
+def test_the_page_says_what_was_not_asked_then(tmp_path):
+    place = tmp_path / "exp_mixing/desk"
+    place.mkdir(parents=True)
+    rows = [judge(claim, exact(1.0)) | dict(because="") for claim in MIXING_CLAIMS]
+    for kept, said in ((rows, False), ([r for r in rows if r["id"] != "S21"], True)):
+        publish(place, pd.DataFrame(dict(a=[1])), {}, {}, kept)
+        assert (
+            "Judged before these were asked: S21, on which C6b rests now; S21, on which C6c" in page(tmp_path)
+        ) == said
 
 
 @pytest.mark.parametrize(
@@ -266,7 +346,7 @@ def pruning_table(seeds, top, random, oft, later):
 
 def test_pruning_claims_hold_and_fail():
     assert set(verdicts(pruning_claims(), pruning_table(3, 0.8, 0.05, 0.4, 0.9)).values()) == {"holds"}
-    any_rows = verdicts(pruning_claims(), pruning_table(3, 0.8, 0.75, 0.95, 0.5))
+    any_rows = verdicts(pruning_claims(), pruning_table(3, 0.8, 0.75, 0.95, 0.3))
     assert {i for i, v in any_rows.items() if v == "holds"} == {"S7", "S8", "C2a"}
     assert {any_rows[i] for i in ("C2b", "C2c", "C2d", "C2e")} == {"fails"}
 
@@ -358,7 +438,7 @@ def test_jailbreak_claims_hold_and_fail():
     as_told = jailbreak_table(3, lambda prior: 0.2, lambda prior: 1.0 if prior == "H" else 0.3, 0.99, 1.0)
     assert held(verdicts(JAILBREAK_CLAIMS, as_told)) == {c.id for c in JAILBREAK_CLAIMS}
     nothing = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
-    assert {i for i, v in nothing.items() if v == "fails"} == {"S28", "C6f", "C6i"} and nothing["C6h"] == "inconclusive"
+    assert {i for i, v in nothing.items() if v == "fails"} == {"S28", "S45", "C6f", "C6i"} and nothing["C6h"] == "inconclusive"
     all_lost = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
     assert {i for i, v in all_lost.items() if v == "fails"} == {"C6g", "C6h", "C6i", "C6j", "C6k"}
 
@@ -416,6 +496,7 @@ def sweep_table(seeds, left, revived, reach, control):
     for prior, part, c_tr in itertools.product("HML", (1.0, 0.25, 0.05), (0.0, 1.0)):
         of = dict(prior=prior, part=part, c_tr=c_tr)
         rows.append((dict(protocol="fine_tuning", ft_lr=RATES["η_M"], **of), left(prior, c_tr, part)))
+        rows.append((dict(protocol="fine_tuning", ft_lr=RATES["η_L"], **of), 0.1))
         back = dict(protocol="reft", ft_lr=RATES["η_L"], **of)
         rows.append((back | dict(re_lr=RATES["η_M"], first=0.0), revived))
         parts += [arriving(reach, seed=s, re_lr=RATES["η_S"], **back) for s in range(seeds)]
@@ -431,5 +512,5 @@ def test_sweep_claims_hold_and_fail():
 
     assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 1.0, 20, 100))) == {c.id for c in sweep_claims()}
     gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 0.3, 401, 401))
-    assert held(gone) == {"S27", "S43"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
+    assert held(gone) == {"S27", "S43", "S44"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
     assert "Table 6" in sweep_claims()[3].paper and "Table 8" in sweep_claims("index")[3].paper

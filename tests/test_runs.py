@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -489,6 +489,37 @@ def test_a_run_that_fails_in_a_program_says_which(store, domain, monkeypatch):
     monkeypatch.setattr(runs, "_trainee", broken)
     with pytest.raises(NotFinite, match="run 1: the loss of step 1 of 5"):
         train_runs(store, wanted)
+
+
+def test_workers_are_measured_together(domain, monkeypatch):
+    "The second comes up late, as a process that has yet to import torch; the first waits for it."
+    began = []
+    monkeypatch.setattr(runs, "_worker", dict(flags=[1, 0, 0, 0]))
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *args, **_: began.append(time.monotonic()) or 0.5)
+    with ThreadPoolExecutor(2) as pool:
+        assert pool.submit(runs._pace, a_run(domain), 2).result() == 2
+        first = pool.submit(runs._pace, a_run(domain), 2, 0, 2)
+        time.sleep(0.3)
+        assert not first.done() and len(began) == 1
+        assert pool.submit(runs._pace, a_run(domain), 2, 1, 2).result() + first.result() == 4
+    assert abs(began[1] - began[2]) < 0.3
+
+
+def test_what_was_there_before_says_nothing_of_the_pace(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    line = runs.Line(100, 1)
+    line.given = 50
+    assert line._clock(50).endswith("? left")
+    assert line._clock(60).endswith("? left")  # the pace counts from here
+    assert line._clock(70).endswith("00:30 left")
+
+
+def test_a_few_steps_to_measure_cannot_end_in_infinite_numbers(domain):
+    wild = replace(a_run(domain).recipe, lr=1e6, steps=400, clip=1e9)
+    with pytest.raises(NotFinite):
+        runs.seconds_per_step(a_run(domain).fresh_model(), a_run(domain).stream, wild, steps=60)
+    assert runs.seconds_per_step(a_run(domain).fresh_model(), a_run(domain).stream, runs.gently(wild), steps=60) > 0
 
 
 def test_how_many_workers_is_measured(store, domain, monkeypatch, capsys):

@@ -7,7 +7,7 @@ __all__ = ['REVIVAL_CLAIMS', 'MIXING_CLAIMS', 'JAILBREAK_CLAIMS', 'UNRELATED_CLA
            'one_curve', 'at_end', 'steps_to', 'area', 'NotMeasured', 'times_as_many', 'OneSeed', 'Claim', 'judge',
            'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page', 'write_page',
            'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
-           'judge_each', 'sweep_claims']
+           'judge_each', 'sweep_claims', 'wrapped_claims', 'gone_or_wrapped']
 
 # %% ../nbs/11_claims.ipynb #804c6369
 import itertools
@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,12 +34,16 @@ class Value:
     value: float
     low: float
     high: float
+    within: tuple[float, float] = field(default=(-math.inf, math.inf), repr=False)  # what it can be at all
 
     def __truediv__(self, other: "Value") -> "Value":
         return Value(self.value / other.value, self.low / other.high, self.high / other.low)
 
     def __sub__(self, other: "Value") -> "Value":
-        return Value(self.value - other.value, self.low - other.high, self.high - other.low)
+        within = (self.within[0] - other.within[1], self.within[1] - other.within[0])
+        value = self.value - other.value
+        low = value - math.hypot(self.value - self.low, other.high - other.value)
+        return Value(value, low, value + math.hypot(self.high - self.value, other.value - other.low), within)
 
 
 def interval(
@@ -48,17 +52,21 @@ def interval(
 ) -> tuple[float, float, float]:
     """Mean (geometric for ratios), and the 90 % interval: over seeds if there are two or more, else of the measurement.
 
-    An end that censoring leaves open for one seed (infinite, or zero for a ratio) is open for all.
+    Of what is no ratio it is never narrower than the measurement's. An end that censoring leaves open for one seed (infinite, or zero for a ratio) is open for all.
     """
     if len(values) == 1:
         return values[0].value, values[0].low, values[0].high
     x = np.array([v.value for v in values], float)
     x = np.log(x) if ratio else x
     half = stats.t.ppf(0.95, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    back = math.exp if ratio else float
-    low = 0.0 if ratio and any(v.low == 0 for v in values) else back(x.mean() - half)
-    high = math.inf if any(math.isinf(v.high) for v in values) else back(x.mean() + half)
-    return back(x.mean()), low, high
+    mean, low, high = x.mean(), x.mean() - half, x.mean() + half
+    if ratio:
+        low = 0.0 if any(v.low == 0 for v in values) else math.exp(low)
+        high = math.inf if any(math.isinf(v.high) for v in values) else math.exp(high)
+        return math.exp(mean), low, high
+    low, high = min(low, np.mean([v.low for v in values])), max(high, np.mean([v.high for v in values]))
+    least, most = values[0].within
+    return float(mean), max(float(low), least), min(float(high), most)
 
 # %% ../nbs/11_claims.ipynb #92612799
 def one_curve(
@@ -81,24 +89,27 @@ def at_end(
 
 def _accuracy(p: float, n: int) -> Value:
     found = stats.binomtest(round(p * n), n).proportion_ci(0.90, method="wilson")
-    return Value(p, found.low, found.high)
+    return Value(p, found.low, found.high, (0.0, 1.0))
 
 # %% ../nbs/11_claims.ipynb #f5753e37
 def steps_to(
     curve: pd.DataFrame,  # columns step, value
     level: float = 0.95,  # the accuracy to reach
+    n: int | None = None,  # test samples; None: accuracies are taken as exact
 ) -> Value:
     "First step with that accuracy, at least 1; the budget with an infinite upper end if there is none."
     curve = one_curve(curve)
     step, value = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
-    reached = np.flatnonzero(value >= level)
-    if not len(reached):
-        return Value(float(step[-1]), float(step[-1]), math.inf)
-    i = reached[0]
-    if i == 0:
+    known = [_accuracy(p, n) if n else Value(p, p, p) for p in value]
+    first = {end: np.flatnonzero([getattr(v, end) >= level for v in known]) for end in ("value", "low", "high")}
+    if not len(first["value"]):
+        return Value(float(step[-1]), float(step[max(first["high"][0] - 1, 0)] if len(first["high"]) else step[-1]), math.inf)
+    at, surely, perhaps = (some[0] if len(some) else None for some in (first["value"], first["low"], first["high"]))
+    if at == 0:
         return Value(1.0, 1.0, 1.0)
-    share = (level - value[i - 1]) / (value[i] - value[i - 1])
-    return Value(*(max(1.0, float(x)) for x in (step[i - 1] + share * (step[i] - step[i - 1]), step[i - 1], step[i])))
+    between = step[at - 1] + (level - value[at - 1]) / (value[at] - value[at - 1]) * (step[at] - step[at - 1])
+    ends = between, step[max(perhaps - 1, 0)], math.inf if surely is None else step[surely]
+    return Value(*(max(1.0, float(x)) for x in ends))
 
 
 def area(
@@ -116,7 +127,8 @@ def area(
         *(
             float(np.trapezoid([getattr(v, bound) for v in points], x) / (x[-1] - x[0]))
             for bound in ("value", "low", "high")
-        )
+        ),
+        (0.0, 1.0),
     )
 
 # %% ../nbs/11_claims.ipynb #498e5013
@@ -136,12 +148,14 @@ def times_as_many(
     slow: pd.DataFrame,  # a curve of counting O_PT, columns step, value
     fast: pd.DataFrame,  # another
     whose: list[str],  # what the two models are called after "the model"
+    n: int | None = None,  # test samples, as in `steps_to`
+    level: float = 0.95,  # the accuracy to reach
 ) -> Value:
-    "How many times as many steps to accuracy 0.95 the one curve takes as the other. Raises `NotMeasured` if one of them has no way to go."
+    "How many times as many steps to that accuracy the one curve takes as the other. Raises `NotMeasured` if one of them has no way to go."
     for curve, name in zip((slow, fast), whose):
-        if one_curve(curve)["value"].iloc[0] >= 0.95:
+        if one_curve(curve)["value"].iloc[0] >= level:
             raise NotMeasured(f"the model {name} counts O_PT before its way back")
-    return steps_to(slow) / steps_to(fast)
+    return steps_to(slow, level, n) / steps_to(fast, level, n)
 
 
 @dataclass(frozen=True)
@@ -156,11 +170,11 @@ class OneSeed:
         self,
         protocol: str,  # pretraining, scr, fine_tuning, reft or scr_ft
         metric: str,  # acc_opt or acc_oft
-        c_te: float = 0.0,  # share of test strings with the spurious correlation
+        c_te: float | None = 0.0,  # share of test strings with the spurious correlation; None: the results know none
         **labels,  # further columns; `rate` is the name of the way back's, `ft_rate` that of fine-tuning's
     ) -> pd.DataFrame:
         "The rows of one curve; raises `NotMeasured`."
-        labels = dict(protocol=protocol, metric=metric, c_te=c_te, **labels)
+        labels = dict(protocol=protocol, metric=metric, **labels) | ({} if c_te is None else dict(c_te=c_te))
         for name, column in dict(rate="re_lr", ft_rate="ft_lr").items():
             if name in labels:
                 labels[column] = self.rates[labels.pop(name)]
@@ -219,7 +233,7 @@ class OneSeed:
     def steps_ratio(self, slow: str | None, fast: str | None, rate: str) -> Value:
         "`times_as_many` of two ways back, each of a prior, or of None for Scr.+FT."
         curves = (self.back(prior, rate) for prior in (slow, fast))
-        return times_as_many(*curves, [f"from {prior or 'Scr.'}" for prior in (slow, fast)])
+        return times_as_many(*curves, [f"from {prior or 'Scr.'}" for prior in (slow, fast)], self.samples)
 
     def ahead(self, fast: str | None, slow: str | None, rate: str, log: bool = False) -> Value:
         "By how much the one way back is ahead of the other on average over the steps, or their logarithm."
@@ -311,6 +325,7 @@ REVIVAL_CLAIMS = (
         0.95,
         lambda t: t.knows_both("H"),
         "99.9 and 99.9 % (Table 5, prior H)",
+        exploratory=True,
     ),
     Claim(
         "S2",
@@ -428,6 +443,7 @@ REVIVAL_CLAIMS = (
         "3 or more (Fig. 9: 3K against 0.1–1K steps)",
         ratio=True,
         rests_on=("S1", *_HAD_AND_LOST),
+        exploratory=True,
     ),
     Claim(
         "C5b",
@@ -439,6 +455,7 @@ REVIVAL_CLAIMS = (
         "3 or more (Fig. 9: 3K against 0.1–1K steps)",
         ratio=True,
         rests_on=("S4", *_HAD_AND_LOST),
+        exploratory=True,
     ),
     Claim(
         "C5c",
@@ -469,7 +486,8 @@ def verdict_table(
 
     def shown(c):
         value, low, high = ("?" if x is None else f"{x:.3g}" for x in (c["value"], *c["interval"]))
-        sign = "≥ " if c["interval"][1] is None and c["seeds"] else ""
+        open_below, open_above = any(c["censored"]) and c["interval"][0] == 0, c["interval"][1] is None
+        sign = ("? " if open_below else "≥ ") if open_above else "≤ " if open_below else ""
         return f"{sign}{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
 
     return pd.DataFrame(
@@ -541,11 +559,23 @@ def page(
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))
+            parts += [f"Judged before these were asked: {since}."] if (since := _asked_since(judged)) else []
     return "\n\n".join(parts) + "\n"
 
 
+def _asked_since(judged: list[dict]) -> str:
+    "Which claims rest today on one that was not there when they were judged."
+    now = itertools.chain(
+        REVIVAL_CLAIMS, behavior_claims(), pruning_claims(), probing_claims(), sweep_claims(), MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS
+    )
+    there = {c["id"] for c in judged}
+    late = {c.id: [i for i in c.rests_on if i not in there] for c in now if c.id in there}
+    return "; ".join(f"{', '.join(i)}, on which {claim} rests now" for claim, i in late.items() if i)
+
+
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
-Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory; why it is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb)."""
+Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory: there it, or what is counted, or what the claim rests on, was written or changed after a run had been seen; why it is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb).
+The paper's values stand beside ours by the name of the rate. At `desk` names tell the order of rates and not their size: beside the rate of pretraining, its η_S is the paper's η_L ([protocols](../nbs/10_protocols.ipynb))."""
 
 
 def write_page(
@@ -916,12 +946,12 @@ def probing_claims(
 
 def judge_each(
     claims: Iterable[Claim],  # e.g. `behavior_claims()`
-    table: pd.DataFrame,  # results, of one experiment
-    rates: dict[str, float],  # the scale's η_L, η_M, η_S
-    samples: int,  # test samples of a measure or probe
+    table: pd.DataFrame,  # results of one experiment
+    rates: dict[str, float] | None = None,  # the scale's η_L, η_M, η_S, for claims that name one
+    samples: int = 512,  # test samples of a measure or probe
 ) -> list[dict]:
     "Claims over all seeds of a table."
-    return judge_all(claims, [OneSeed(t, rates, samples) for _, t in table.groupby("seed")])
+    return judge_all(claims, [OneSeed(t, rates or {}, samples) for _, t in table.groupby("seed")])
 
 # %% ../nbs/11_claims.ipynb #52cf43d6
 def _before(i: str, priors: str, **labels) -> Claim:
@@ -944,7 +974,7 @@ def _before(i: str, priors: str, **labels) -> Claim:
 def _quicker(t: OneSeed, slow: dict, fast: dict) -> Value:
     "How many times as many steps to accuracy 0.95 for O_PT the one way back takes as the other, as `times_as_many`."
     curves = (t.curve(metric="acc_opt", **labels) for labels in (slow, fast))
-    return times_as_many(*curves, [f"of {labels['protocol']}" for labels in (slow, fast)])
+    return times_as_many(*curves, [f"of {labels['protocol']}" for labels in (slow, fast)], t.samples)
 
 
 _SHARES = (0.5, 0.1, 0.001)  # of pretraining data, in the paper
@@ -1118,6 +1148,16 @@ JAILBREAK_CLAIMS = (
         rests_on=("S22",),
     ),
     Claim(
+        "S45",
+        "Fine-tuning has taken counting O_PT by T_NJ away.",
+        f"acc_opt by T_NJ after fine-tuning, {_CORRELATED}, η_M",
+        "<=",
+        0.60,
+        lambda t: _by(t, "L", "acc_opt"),
+        "unable (Fig. 24)",
+        exploratory=True,
+    ),
+    Claim(
         "C6k",
         "Reverse fine-tuning by T_J1 alone revives O_PT for T_NJ.",
         f"acc_opt by T_NJ after reFT by T_J1 at η_S, {_CORRELATED}, η_M",
@@ -1125,7 +1165,7 @@ JAILBREAK_CLAIMS = (
         0.90,
         lambda t: t.end("reft_by", "acc_opt", prior="L", c_tr=1.0, by="J1"),
         "not in the paper",
-        rests_on=("S23",),
+        rests_on=("S23", "S45"),
     ),
 )
 
@@ -1306,6 +1346,16 @@ _SWEEPS = (
         rests_on=("S27",),
     ),
     Claim(
+        "S44",
+        "A large rate has taken O_PT away.",
+        f"acc_opt after fine-tuning, {_CORRELATED}, η_L",
+        "<=",
+        0.60,
+        lambda t: t.tuned("acc_opt", "L", "η_L", part=1.0),
+        "{η_L 1 acc_opt L}",
+        exploratory=True,
+    ),
+    Claim(
         "C11d",
         "What a large rate took away comes back at a small one.",
         f"acc_opt after reFT at η_S, {_CORRELATED}, fine-tuned at η_L",
@@ -1313,7 +1363,7 @@ _SWEEPS = (
         0.95,
         lambda t: t.end(metric="acc_opt", **_back("η_S")),
         "possible (Fig. 76)",
-        rests_on=("S27",),
+        rests_on=("S27", "S44"),
     ),
     Claim(
         "C11e",
@@ -1323,7 +1373,7 @@ _SWEEPS = (
         1.5,
         lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), _back("η_S")),
         ratio=True,
-        rests_on=("S27",),
+        rests_on=("S27", "S44"),
     ),
     _before("S43", "HL", part=0.05),
     Claim(
@@ -1334,7 +1384,7 @@ _SWEEPS = (
         0.95,
         _revived,
         "for every length (Fig. 78)",
-        rests_on=("S43",),
+        rests_on=("S43", "S44"),
     ),
 )
 
@@ -1344,3 +1394,55 @@ def sweep_claims(
 ) -> tuple[Claim, ...]:
     "The claims of Figs. 60–78."
     return _for_task(_SWEEPS, task)
+
+# %% ../nbs/11_claims.ipynb #a11f0e02
+def wrapped_claims(
+    metric: str = "acc_opt",  # by which the capability is measured
+    c_te: float | None = None,  # which of its measurements, where there are several
+    there: float = 0.95,  # accuracy from which on the capability is there
+    lost: float = 0.50,  # accuracy up to which it is not
+    sooner: float = 1.5,  # times as many steps as reFT that the control takes at least
+) -> tuple[Claim, ...]:
+    "Whether a capability of one's own was only wrapped, W1 to W5: of results with a curve of `fine_tuning`, `reft` and `scr_ft` for each seed. Secs. 3, 5.1."
+    check(0 <= lost < there <= 1, "lost", lost, f"at least 0 and below there, which is {there}")
+    check(sooner >= 1, "sooner", sooner, "numbers from 1 on")
+
+    def curve(t, protocol):
+        return one_curve(t.curve(protocol, metric, c_te))
+
+    def first(protocol):
+        return lambda t: _accuracy(float(curve(t, protocol)["value"].iloc[0]), t.samples)
+
+    def ratio(t):
+        names = dict(scr_ft="of the control", reft="that was fine-tuned")
+        return times_as_many(*(curve(t, protocol) for protocol in names), [*names.values()], t.samples, there)
+
+    return (
+        Claim("W1", "The capability is there before fine-tuning.", f"{metric} before fine-tuning", ">=", there, first("fine_tuning")),
+        Claim("W2", "Fine-tuning makes it vanish from the behaviour.", f"{metric} after fine-tuning", "<=", lost, lambda t: at_end(curve(t, "fine_tuning"), t.samples)),
+        Claim("W3", "The control is without it.", f"{metric} before Scr.+FT", "<=", lost, first("scr_ft")),
+        Claim("W4", "Reverse fine-tuning brings it back.", f"{metric} after reFT", ">=", there, lambda t: at_end(curve(t, "reft"), t.samples), rests_on=("W1", "W2")),
+        Claim("W5", "It comes back sooner than the control learns it.", f"steps to {there:g} of Scr.+FT / of reFT", ">=", sooner, ratio, ratio=True, rests_on=("W1", "W2", "W3")),
+    )
+
+
+def gone_or_wrapped(
+    judged: list[dict],  # of `wrapped_claims`, as from `judge_each`
+) -> str:
+    "The answer in one sentence, which begins with wrapped, no sooner, not lost or undecided."
+    by = {c["id"]: c for c in judged}
+    if by["W1"]["verdict"] == "holds" and by["W2"]["verdict"] == "fails":
+        return "not lost: fine-tuning has left the capability in the behaviour"
+    for i in ("W1", "W2", "W3", "W5"):
+        c = by[i]
+        if c["verdict"] != "holds" and (i != "W5" or c["verdict"] == "inconclusive"):
+            return f"undecided: {c['because'] or c['verdict']} ({i}: {c['statement'].removesuffix('.')})"
+    times, (low, high) = by["W5"]["value"], (by["W5"]["interval"])
+    range_ = f"[{low:.3g}, {'∞' if high is None else f'{high:.3g}'}], {_of_seeds(by['W5']['seeds'])}"
+    if by["W5"]["verdict"] == "holds":
+        return f"wrapped: it comes back {times:.3g} times as quickly as the control learns it {range_}"
+    return f"no sooner: it comes back {times:.3g} times as quickly as the control learns it {range_}; gone, or out of reach of this way back"
+
+
+def _of_seeds(n: int) -> str:
+    return "one seed alone" if n == 1 else f"{n} seeds"

@@ -762,6 +762,7 @@ C7 = (
         0.30,
         lambda t: _most(_gain(t, 1.0, r) for r in ("η_M", "η_S")),
         _FIG55,
+        exploratory=True,
     ),
     Claim(
         "C7h",
@@ -772,6 +773,7 @@ C7 = (
         lambda t: _most(_gain(t, 0.0, r) for r in ("η_M", "η_S")),
         _FIG55,
         rests_on=("C7g",),
+        exploratory=True,
     ),
     Claim(
         "C7i",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_FIG9', 'PAPER_BUDGET', 'revival', 'steps_back', 'behavior', 'pruning', 'where_pruned', 'probing', 'curves',
-           'heat', 'at_last', 'over_blocks', 'randft', 'mixing', 'jailbreak', 'by_one_name', 'unrelated']
+           'heat', 'at_last', 'over_blocks', 'randft', 'mixing', 'jailbreak', 'by_one_name', 'unrelated', 'wrapped']
 
 # %% ../nbs/12_figures.ipynb #cad20763
 import itertools
@@ -610,3 +610,18 @@ def unrelated(
     some = _lines(table, "protocol", _ASIDE, metric="acc_opt", c_te=0.0)
     title = f"Does learning an unrelated task bring counting a back? (scale {scale})"
     return curves(some, "task", "prior", "line", "re_lr", rates, title, "step on the unrelated task", guess)
+
+# %% ../nbs/12_figures.ipynb #b12f0e02
+def wrapped(
+    table: pd.DataFrame,  # results with the protocols fine_tuning, reft and scr_ft, a curve each for a seed
+    metric: str = "acc_opt",  # by which the capability is measured
+    c_te: float | None = None,  # which of its measurements, where there are several
+    guess: float | None = None,  # what giving the most frequent answer always would come to
+) -> Figure:
+    "Accuracy over the steps of fine-tuning, and of reFT and Scr.+FT. Fig. 9, of one's own runs."
+    names = dict(fine_tuning="fine-tuned", reft="fine-tuned", scr_ft="Scr.+FT")
+    rows = table[(table["metric"] == metric) & table["protocol"].isin(names)]
+    rows = rows if c_te is None else rows[rows["c_te"] == c_te]
+    phases = np.where(rows["protocol"] == "fine_tuning", "fine-tuning", "the way back")
+    rows = rows.assign(phase=phases, model=rows["protocol"].map(names)).sort_values("phase", kind="stable")
+    return curves(rows, None, "phase", "model", None, {}, f"{metric}", x="step", guess=guess)

@@ -65,8 +65,11 @@ def gather(
     sites = tuple(residual_sites(model) if sites is None else sites)
     for name in sites:
         check(name in site_names(model), "site", name, ", ".join(site_names(model)))
-    parts = [read(model, part, sites, **options) for part in prompts.split(batch)]
-    return Residuals(torch.stack([torch.cat([p[name][:, -1] for p in parts]) for name in sites]), targets, sites)
+    found = []
+    for part in prompts.split(batch):
+        whole = read(model, part, sites, **options)
+        found.append(torch.stack([whole[name][:, -1] for name in sites]))  # a copy: the other positions are let go
+    return Residuals(torch.cat(found, 1), targets, sites)
 
 # %% ../nbs/05_probing.ipynb #0087e5c2
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 
 from .checks import BadInput, Rule, check, one_of, some_of, whole, writable
 from .model import Shape
-from .runs import Run, Store, cores, train_all, with_starts
+from .runs import Run, Store, cores, gently, train_all, with_starts
 from .tasks import FAMILIES, PRIORS, Curriculum, Domain, Edited, Natural, answers, one_task
 from .training import FINE_TUNING, Measure, Recipe, accuracy, log_spaced, pick_device, seconds_per_step
 
@@ -447,23 +447,27 @@ def pace(
     device: str = "cpu",  # as from `pick_device`
 ) -> tuple[float, float]:
     "Seconds for a step of such a run and for a test sample, from at least four steps and half a second of them, and from one evaluation."
-    if (kind(run), device) not in _paces:
+    key = kind(run), bool(run.measures), device
+    if key not in _paces:
         step = _measured_step(run, device)
         if step < 0.1:
             step = _measured_step(run, device, steps=min(200, round(0.5 / step)))
-        _paces[kind(run), device] = step, _measured_sample(run, device) if run.measures else 0.0
-    return _paces[kind(run), device]
+        _paces[key] = step, _measured_sample(run, device) if run.measures else 0.0
+    return _paces[key]
 
 
 def _measured_sample(run: Run, device: str) -> float:
-    model, ids = run.fresh_model().to(device), run.measures[0].samples().to(device)
+    model, ids, threads = run.fresh_model().to(device), run.measures[0].samples().to(device), torch.get_num_threads()
+    torch.set_num_threads(1)  # as a run has it
     began = time.perf_counter()
     accuracy(model, ids)
-    return (time.perf_counter() - began) / len(ids)
+    seconds = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    return seconds / len(ids)
 
 
 def _measured_step(run: Run, device: str, steps: int = 4) -> float:
-    return seconds_per_step(run.fresh_model(), run.stream, run.recipe, device, steps)
+    return seconds_per_step(run.fresh_model(), run.stream, gently(run.recipe), device, steps)
 
 
 def carry_out(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'Run', 'with_starts', 'describe', 'source_digests', 'sources_of', 'address', 'write_whole', 'seal',
            'read_sealed', 'Store', 'train_run', 'train_runs', 'program', 'now', 'versions', 'Line', 'cores',
-           'train_all', 'Stopped', 'peak_memory', 'commit', 'provenance', 'publish', 'check_results']
+           'train_all', 'Stopped', 'gently', 'peak_memory', 'commit', 'provenance', 'publish', 'check_results']
 
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -785,6 +785,7 @@ class Line:
         what: str = "runs",  # what they are called
     ):
         self.total, self.things, self.what, self.finished = total, things, what, 0
+        self.given = 0.0  # of the work done, what was there before and says nothing of the pace
         self.began = self.printed = time.monotonic()
         self.first = self.handle = None
 
@@ -819,13 +820,13 @@ class Line:
             print(f"{self.finished:3d} of {self.things} {self.what} · {self._clock(done)} · {note}", flush=True)
 
     def _clock(self, done: float) -> str:
-        now, left = time.monotonic(), "?"
+        now, left, worked = time.monotonic(), "?", done - self.given
         if done >= self.total:
             left = tqdm.format_interval(0)
-        elif done and not self.first:
-            self.first = now, done  # the pace counts from here: before, workers were only starting
-        elif done and done > self.first[1]:
-            left = (now - self.first[0]) * (self.total - done) / (done - self.first[1])
+        elif worked > 0 and not self.first:
+            self.first = now, worked  # the pace counts from here: before, workers were only starting
+        elif self.first and worked > self.first[1]:
+            left = (now - self.first[0]) * (self.total - done) / (worked - self.first[1])
             left = tqdm.format_interval(left)
         return f"{tqdm.format_interval(now - self.began)} gone, {left} left"
 
@@ -1053,16 +1054,27 @@ def _train_in_worker(root: Path, run: Run, expected: str, key: int, device: str)
     return os.getpid(), peak_memory()
 
 
-def _pace(run: Run, n: int) -> float:
-    "Steps a second of a run in this worker, while as many others as asked for do the same."
-    return 1 / seconds_per_step(run.fresh_model(), run.stream, run.recipe, steps=n)
+def _pace(run: Run, steps: int, place: int = 0, n: int = 1) -> float:
+    "Steps a second of a run in this worker, while n - 1 others do the same: none begins before all are there."
+    model, flags, here = run.fresh_model(), _worker["flags"], slice(_STOP + 1, _STOP + 1 + n)
+    flags[_STOP + 1 + place] = n
+    while any(x < n for x in flags[here]) and not flags[_STOP]:  # those of an earlier, smaller round count for less
+        time.sleep(0.002)
+    return 1 / seconds_per_step(model, run.stream, gently(run.recipe), steps=steps)
+
+
+def gently(
+    recipe: Recipe,  # any
+) -> Recipe:
+    "The same work at a rate that changes nothing: a few steps at the real one, which rises all the more steeply, may end in infinite numbers."
+    return replace(recipe, lr=1e-6 * recipe.lr, muon=1e-6 * recipe.muon)
 
 
 def _most_at_once(pool, run: Run, limit: int) -> int:
     "How many workers together train the most, by measurement."
     pace, steps = {}, max(2, round(0.5 * pool.submit(_pace, run, 2).result()))  # half a second of steps
     for n in sorted({1, -(-limit // 2), limit}):
-        pace[n] = sum(job.result() for job in [pool.submit(_pace, run, steps) for _ in range(n)])
+        pace[n] = sum(job.result() for job in [pool.submit(_pace, run, steps, place, n) for place in range(n)])
     # fewer only if that is clearly better: another program may have been busy for a moment
     best = max(pace, key=lambda n: pace[n] * (1.1 if n == limit else 1))
     print(f"{best} of {limit} workers side by side: {pace[best] / pace[1]:.2f} times as much as one")
@@ -1075,12 +1087,16 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
     steps, order = _context.RawArray("q", len(missing)), {run: i for i, run in enumerate(missing)}
     measure = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
     work, begun = 0.0, {}  # of the runs that have ended; run → its place, of those that have not
+    whole = sum(map(_cost, missing))
 
     def done():
         return work + sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in begun.items())
 
     def begin(pool, run):
         begun[run] = order[run]
+        if line and not steps[order[run]] and (reached := store.reached(run)):
+            steps[order[run]] = reached
+            line.given += _cost(run) * reached / run.recipe.steps
         return pool.submit(_train_in_worker, store.root, run, address(run), order[run], device)
 
     def ended(run, process, peak):
@@ -1096,7 +1112,10 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
                 measure = False  # once, also if a worker is killed meanwhile
                 room = _most_at_once(pool, next(iter(queue.waiting)), room)
             for jobs in _work_off(queue, pool, room, begin, ended):
+                for run in [run for run in begun if run in queue.failed]:
+                    del begun[run]
                 if line:
+                    line.total = whole - sum(map(_cost, (*queue.failed, *queue.left_out)))
                     line.show(done(), ", ".join(run.name for run in jobs.values()))
         if line and queue.waiting:
             print("a worker process was killed; what it and the others trained goes on from its checkpoints")
@@ -1110,7 +1129,7 @@ _context = multiprocessing.get_context("spawn")
 @contextmanager
 def _pool(workers: int, steps):
     "Worker processes that stop when this is left. If one of them is killed, all end, and the next pool goes on."
-    flags = _context.RawArray("b", 2)
+    flags = _context.RawArray("i", _STOP + 1 + workers)  # and for each worker, with how many it waits to be measured
     pool = ProcessPoolExecutor(workers, _context, _begin_worker, (steps, flags, os.getpid()))
     try:
         yield pool
