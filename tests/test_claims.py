@@ -1,7 +1,6 @@
 "Statistics and verdicts."
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -438,7 +437,9 @@ def test_jailbreak_claims_hold_and_fail():
     as_told = jailbreak_table(3, lambda prior: 0.2, lambda prior: 1.0 if prior == "H" else 0.3, 0.99, 1.0)
     assert held(verdicts(JAILBREAK_CLAIMS, as_told)) == {c.id for c in JAILBREAK_CLAIMS}
     nothing = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 1.0, lambda _: 1.0, 0.99, 1.0))
-    assert {i for i, v in nothing.items() if v == "fails"} == {"S28", "S45", "C6f", "C6i"} and nothing["C6h"] == "inconclusive"
+    assert {i for i, v in nothing.items() if v == "fails"} == {"S28", "S45", "C6f", "C6i"} and nothing[
+        "C6h"
+    ] == "inconclusive"
     all_lost = verdicts(JAILBREAK_CLAIMS, jailbreak_table(3, lambda _: 0.1, lambda _: 0.1, 0.4, 0.3))
     assert {i for i, v in all_lost.items() if v == "fails"} == {"C6g", "C6h", "C6i", "C6j", "C6k"}
 
@@ -512,5 +513,7 @@ def test_sweep_claims_hold_and_fail():
 
     assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 1.0, 20, 100))) == {c.id for c in sweep_claims()}
     gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 0.3, 401, 401))
-    assert held(gone) == {"S27", "S43", "S44"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {"fails"}
+    assert held(gone) == {"S27", "S43", "S44"} and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")} == {
+        "fails"
+    }
     assert "Table 6" in sweep_claims()[3].paper and "Table 8" in sweep_claims("index")[3].paper

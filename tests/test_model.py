@@ -5,7 +5,7 @@ import torch
 
 from wrapperlib import bench
 from wrapperlib.checks import BadInput
-from wrapperlib.model import GPT, Shape, change, linear, read, site_names
+from wrapperlib.model import _HAS_ONEDNN, GPT, Shape, change, linear, read, site_names
 
 
 @pytest.mark.parametrize("who, other", [("transformers", "as_gpt2"), ("transformer_lens", "as_hooked")])
@@ -106,7 +106,8 @@ def test_bad_input_is_named(bad, says):
 @pytest.mark.parametrize("rows", [(7,), (3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("inputs, outputs", [(8, 24), (24, 8), (16, 16)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_linear_maps_are_pytorchs(rows, inputs, outputs, biased):
+def test_linear_maps_are_pytorchs(rows, inputs, outputs, biased, monkeypatch):
+    monkeypatch.setattr("wrapperlib.model._ONEDNN", _HAS_ONEDNN)  # also where it is not the quicker one
     chance = torch.Generator().manual_seed(0)
     shapes = [(*rows, inputs), (outputs, inputs), (outputs,)][: 2 + biased]
     found = []

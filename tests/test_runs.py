@@ -105,7 +105,9 @@ def test_comments_and_docstrings_do_not_make_runs_stale(tmp_path, monkeypatch):
 
     plain = digest('def f(x):\n    "Says something."\n    return x + 1\n')
     assert plain == digest('# a comment\ndef f(x):  # x\n    "Says something else."\n\n    return x + 1\n')
+    assert plain == digest("def f(x):\n    return x + 1\n")
     assert plain != digest('def f(x):\n    "Says something."\n    return x + 2\n')
+    assert digest('def f(x):\n    "Says something."\n') == digest("def f(x):\n    pass\n")
 
 
 EDITED = """

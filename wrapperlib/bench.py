@@ -31,7 +31,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 
 from .checks import BadInput, check
-from .model import _ONEDNN, _SHORT, _product
+from .model import _HAS_ONEDNN, _SHORT, _product
 from .runs import Run, _keep_memory, peak_memory, provenance
 from .training import _MOMENTS, Stack, loss_of, one_step, optimisers, parts
 
@@ -129,7 +129,7 @@ def matmul(
 
 def has_onednn() -> bool:
     "Whether PyTorch can be asked for oneDNN's float32 product."
-    return _ONEDNN
+    return _HAS_ONEDNN
 
 # %% ../nbs/14_bench.ipynb #8d9f88e0
 def matmul_flops(

@@ -61,7 +61,7 @@ class _Tracr:
 
 def _tracr() -> _Tracr:
     found = find_spec("tracr")
-    check(found, "tracr", "not installed", "pip install 'wrapperlib[tracr]', needed to compile but not to run")
+    check(found, "tracr", "not installed", "pip install '.[tracr]' in the repository, needed to compile but not to run")
     from tracr.compiler import compiling
     from tracr.rasp import rasp
 

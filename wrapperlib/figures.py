@@ -240,7 +240,7 @@ def behavior(
     cells: pd.DataFrame | None = None,  # as from `claims.beside_paper`: the paper's values at the end are marked
     guess: dict[tuple[str, float], float] | None = None,  # as from `protocols.guessing`
 ) -> Figure:
-    "Accuracy over fine-tuning: a row for each rate, a panel for each prior, C_Te = 0 and 1. Figs. 5, 6."
+    "Accuracy over fine-tuning: a row for each rate, a panel for each prior, C_Te = 0 and 1; the range over seeds for the least and the highest C_Tr. Figs. 5, 6."
     table = table[(table["protocol"] == "fine_tuning") & (table["metric"] == metric)]
     priors, colours = list(table["prior"].unique()), _share_colours(table["c_tr"])
     fig, axes = _grid(rates, priors)
@@ -249,7 +249,10 @@ def behavior(
             here = table[(table["prior"] == prior) & (table["ft_lr"] == lr)]
             for share, rows in here.groupby("c_tr"):
                 ax.plot(rows[rows["c_te"] == 1].groupby("step")["value"].mean(), color=colours[share], ls="--", lw=0.9)
-                _mean_and_range(ax, rows[rows["c_te"] == 0], color=colours[share], lw=1.8)
+                if share in (min(colours), max(colours)):  # more bands than these hide each other
+                    _mean_and_range(ax, rows[rows["c_te"] == 0], color=colours[share], lw=1.8)
+                else:
+                    ax.plot(rows[rows["c_te"] == 0].groupby("step")["value"].mean(), color=colours[share], lw=1.2)
             if guess:
                 _guessed([ax], guess[metric, 0.0])
             if cells is not None:

@@ -37,7 +37,8 @@ class Site(nn.Identity):
     "A named place: passes its input on, and lets `read` and `change` see it."
 
 # %% ../nbs/02_model.ipynb #d9bc19eb
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = _HAS_ONEDNN and "AVX512" in torch.backends.cpu.get_cpu_capability()  # where it is the quicker one
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,7 +72,7 @@ def linear(
     weight: Tensor,  # shape (outputs, inputs)
     bias: Tensor | None = None,  # shape (outputs,)
 ) -> Tensor:
-    "As `torch.nn.functional.linear`, on a CPU in float32 by oneDNN; it can be differentiated once."
+    "As `torch.nn.functional.linear`, on a CPU with AVX-512 in float32 by oneDNN; there it can be differentiated once."
     plain = x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu")
     if plain or not _ONEDNN or torch._C._functorch.is_batchedtensor(x):
         return F.linear(x, weight, bias)

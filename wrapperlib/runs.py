@@ -174,7 +174,7 @@ def _bare_source(module: str) -> str:
             and isinstance(body[0], ast.Expr)
             and isinstance(body[0].value, ast.Constant)
         ):
-            body[0].value = ast.Constant("")
+            body[:1] = [] if body[1:] else [ast.Pass()]  # so that one that is added changes nothing, either
     return ast.unparse(tree)
 
 

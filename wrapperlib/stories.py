@@ -174,7 +174,7 @@ def hub_lines(
     try:
         from datasets import load_dataset
     except ImportError:
-        raise BadInput("datasets is not installed; allowed: pip install 'wrapperlib[stories]'") from None
+        raise BadInput("datasets is not installed; allowed: pip install '.[stories]' in the repository") from None
     for row in load_dataset(name, split=split, streaming=True, **options):
         yield row["text"]
 
@@ -241,7 +241,7 @@ def _tokenizers():
     try:
         import tokenizers
     except ImportError:
-        raise BadInput("tokenizers is not installed; allowed: pip install 'wrapperlib[stories]'") from None
+        raise BadInput("tokenizers is not installed; allowed: pip install '.[stories]' in the repository") from None
     return tokenizers
 
 # %% ../nbs/20_stories.ipynb #5d70f099
