@@ -187,6 +187,12 @@ def test_what_censoring_leaves_open_stays_open():
     assert judge(claim, never_revived)["verdict"] == "inconclusive"  # the true ratio may be anything below
     late = [Value(1, 1, math.inf), Value(1.1, 1, 1.2), Value(1.2, 1, 1.3)]
     assert judge(claim, late)["verdict"] == "inconclusive"  # the true ratio may be anything above
+    neither = [Value(1, 0, math.inf)]
+    shown = [
+        verdict_table([judge(claim, found) | dict(because="")]).iloc[0]["value [90 % interval]"]
+        for found in (slow_control, never_revived, neither)
+    ]
+    assert [x.split("[")[0] for x in shown] == ["≥ 11 ", "≤ 4.1 ", "? "] and shown[2] == "? [0, ∞]"
 
 
 def curve(steps, values):

@@ -487,8 +487,9 @@ def verdict_table(
     def shown(c):
         value, low, high = ("?" if x is None else f"{x:.3g}" for x in (c["value"], *c["interval"]))
         open_below, open_above = any(c["censored"]) and c["interval"][0] == 0, c["interval"][1] is None
-        sign = ("? " if open_below else "≥ ") if open_above else "≤ " if open_below else ""
-        return f"{sign}{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
+        if open_below or open_above:
+            value = "?" if open_below and open_above else f"{'≤' if open_below else '≥'} {value}"
+        return f"{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
 
     return pd.DataFrame(
         {
