@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,11 @@ def test_a_step_is_known_as_well_as_the_accuracies_around_it():
     assert (steps_to(barely, n=512).low, steps_to(barely, n=512).high) == (1, math.inf)
     almost = steps_to(curve([0, 10, 400], [0, 0.2, 0.945]), n=512)
     assert (almost.value, almost.low, almost.high) == (400, 10, math.inf)
+    below = steps_to(curve([0, 10, 400], [0.94, 0.94, 0.945]), n=512)
+    assert below.low == 1 and (steps_to(barely, n=512) / below).high == math.inf  # nothing is divided by a step 0
+    in_time = steps_to(curve([0, 10, 20], [0.0, 0.5, 0.96]), n=512)  # arrived, if not surely
+    assert math.isinf(in_time.high) and not any(in_time.open)
+    assert not math.isinf(interval([in_time, in_time], ratio=True)[2])
     clear = curve([0, 10, 20], [0.0, 0.5, 1.0])
     assert steps_to(clear, n=512) == steps_to(clear)
 
@@ -88,12 +94,14 @@ HAD, LOST, QUICK, SLOW = (1.0, 1.0, 1.0, 1.0), (1.0, 0.7, 0.3, 0.3), (0.3, 1.0, 
     "curves, answer",
     [
         ((LOST, QUICK, SLOW), "wrapped: it comes back 101"),
-        ((LOST, SLOW, SLOW), "no sooner: it comes back 1 times"),
-        ((LOST, SLOW, QUICK), "no sooner: it comes back 0.0"),
+        ((LOST, SLOW, SLOW), "not sooner: it comes back 1 times as quickly as the control learns it [1, 1], 3 seeds, and 1.5 was asked"),
+        ((LOST, SLOW, QUICK), "not sooner: it comes back 0.0"),
+        ((LOST, (0.3, 1.0, 0.3, 0.3), SLOW), "not back: "),  # it breaks down again
+        ((LOST, SLOW[:1] * 4, SLOW), "not back: "),
         ((HAD, HAD, SLOW), "not lost"),
         ((SLOW[:1] * 4, QUICK, SLOW), "undecided: fails (W1"),
         ((LOST, QUICK, HAD), "undecided: fails (W3"),
-        ((LOST, SLOW[:1] * 4, SLOW[:1] * 4), "undecided: inconclusive (W5"),  # neither arrives
+        ((LOST, SLOW[:1] * 4, SLOW[:1] * 4), "not back: "),  # nor does the control learn it
         (((1.0, 0.7, 0.5, 0.5), QUICK, SLOW), "undecided: inconclusive (W2"),
     ],
 )
@@ -119,13 +127,18 @@ def test_what_a_claim_of_ones_own_is_asked_by_is_checked():
 
 
 def test_the_page_says_what_was_not_asked_then(tmp_path):
+    marked = tmp_path / "exp_mixing/early"
+    early = [judge(claim, exact(1.0)) | dict(because="", exploratory=False) for claim in MIXING_CLAIMS]
+    publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, early)
+    assert "Judged before this was asked: and before S20, S21 counted as exploratory." in page(tmp_path)
+    shutil.rmtree(marked)
     place = tmp_path / "exp_mixing/desk"
     place.mkdir(parents=True)
     rows = [judge(claim, exact(1.0)) | dict(because="") for claim in MIXING_CLAIMS]
     for kept, said in ((rows, False), ([r for r in rows if r["id"] != "S21"], True)):
         publish(place, pd.DataFrame(dict(a=[1])), {}, {}, kept)
         assert (
-            "Judged before these were asked: S21, on which C6b rests now; S21, on which C6c" in page(tmp_path)
+            "Judged before this was asked: S21, on which C6b rests now; S21, on which C6c" in page(tmp_path)
         ) == said
 
 
@@ -179,15 +192,16 @@ def test_two_curves_are_not_taken_for_one_and_two_claims_have_two_ids():
 
 
 def test_what_censoring_leaves_open_stays_open():
-    slow_control = [Value(10, 10, math.inf), Value(11, 10, 12), Value(12, 11, 13)]
+    above, below = dict(open=(False, True)), dict(open=(True, False))
+    slow_control = [Value(10, 10, math.inf, **above), Value(11, 10, 12), Value(12, 11, 13)]
     _, low, high = interval(slow_control, ratio=True)
     assert high == math.inf and 0 < low < 10.9
-    never_revived = [Value(4, 0, 5), Value(4.1, 4, 5), Value(4.2, 4, 5)]
+    never_revived = [Value(4, 0, 5, **below), Value(4.1, 4, 5), Value(4.2, 4, 5)]
     claim = Claim("X", "", "", ">=", 3, None, ratio=True)
     assert judge(claim, never_revived)["verdict"] == "inconclusive"  # the true ratio may be anything below
-    late = [Value(1, 1, math.inf), Value(1.1, 1, 1.2), Value(1.2, 1, 1.3)]
+    late = [Value(1, 1, math.inf, **above), Value(1.1, 1, 1.2), Value(1.2, 1, 1.3)]
     assert judge(claim, late)["verdict"] == "inconclusive"  # the true ratio may be anything above
-    neither = [Value(1, 0, math.inf)]
+    neither = [Value(1, 0, math.inf, open=(True, True))]
     shown = [
         verdict_table([judge(claim, found) | dict(because="")]).iloc[0]["value [90 % interval]"]
         for found in (slow_control, never_revived, neither)
@@ -331,7 +345,7 @@ def test_every_claim_about_index_names_its_table():
     count, index = behavior_claims(), behavior_claims("index", "quarter")
     assert [c.id for c in count] == [c.id for c in index]
     assert all("Table 8" in c.paper for c in index if c.id[0] == "C") and "Table 5" in count[2].paper
-    assert {c.id for c in index if c.exploratory} == {"S29"} < {c.id for c in count if c.exploratory}
+    assert {c.id for c in index if c.exploratory} == {"S29", "C1g"} < {c.id for c in count if c.exploratory}
     every = [*REVIVAL_CLAIMS, *count, *pruning_claims(), *probing_claims()]
     every += [*MIXING_CLAIMS, *JAILBREAK_CLAIMS, *UNRELATED_CLAIMS, *RANDFT_CLAIMS, *sweep_claims()]
     assert len({c.id for c in every}) == len(every)

@@ -511,7 +511,7 @@ def test_what_was_there_before_says_nothing_of_the_pace(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
     line = runs.Line(100, 1)
-    line.given = 50
+    line.given = {"a run": 50}
     assert line._clock(50).endswith("? left")
     assert line._clock(60).endswith("? left")  # the pace counts from here
     assert line._clock(70).endswith("00:30 left")

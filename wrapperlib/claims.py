@@ -35,9 +35,11 @@ class Value:
     low: float
     high: float
     within: tuple[float, float] = field(default=(-math.inf, math.inf), repr=False)  # what it can be at all
+    open: tuple[bool, bool] = field(default=(False, False), repr=False)  # whether censoring leaves the ends open
 
     def __truediv__(self, other: "Value") -> "Value":
-        return Value(self.value / other.value, self.low / other.high, self.high / other.low)
+        ends = self.open[0] or other.open[1], self.open[1] or other.open[0]
+        return Value(self.value / other.value, self.low / other.high, self.high / other.low, open=ends)
 
     def __sub__(self, other: "Value") -> "Value":
         within = (self.within[0] - other.within[1], self.within[1] - other.within[0])
@@ -61,8 +63,8 @@ def interval(
     half = stats.t.ppf(0.95, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     mean, low, high = x.mean(), x.mean() - half, x.mean() + half
     if ratio:
-        low = 0.0 if any(v.low == 0 for v in values) else math.exp(low)
-        high = math.inf if any(math.isinf(v.high) for v in values) else math.exp(high)
+        low = 0.0 if any(v.open[0] for v in values) else math.exp(low)
+        high = math.inf if any(v.open[1] for v in values) else math.exp(high)
         return math.exp(mean), low, high
     low, high = min(low, np.mean([v.low for v in values])), max(high, np.mean([v.high for v in values]))
     least, most = values[0].within
@@ -103,7 +105,8 @@ def steps_to(
     known = [_accuracy(p, n) if n else Value(p, p, p) for p in value]
     first = {end: np.flatnonzero([getattr(v, end) >= level for v in known]) for end in ("value", "low", "high")}
     if not len(first["value"]):
-        return Value(float(step[-1]), float(step[max(first["high"][0] - 1, 0)] if len(first["high"]) else step[-1]), math.inf)
+        low = step[max(first["high"][0] - 1, 0)] if len(first["high"]) else step[-1]
+        return Value(float(step[-1]), max(1.0, float(low)), math.inf, open=(False, True))
     at, surely, perhaps = (some[0] if len(some) else None for some in (first["value"], first["low"], first["high"]))
     if at == 0:
         return Value(1.0, 1.0, 1.0)
@@ -272,7 +275,7 @@ def judge(
         statistic=claim.statistic,
         threshold=f"{claim.side} {claim.threshold:g}",
         per_seed=[_plain(v.value) for v in values],
-        censored=[math.isinf(v.high) or (claim.ratio and v.low == 0) for v in values],
+        censored=[any(v.open) for v in values],
         value=_plain(value),
         interval=[_plain(low), _plain(high)],
         interval_of="seeds" if len(values) > 1 else "measurement",
@@ -486,8 +489,8 @@ def verdict_table(
 
     def shown(c):
         value, low, high = ("?" if x is None else f"{x:.3g}" for x in (c["value"], *c["interval"]))
-        open_below, open_above = any(c["censored"]) and c["interval"][0] == 0, c["interval"][1] is None
-        if open_below or open_above:
+        open_below, open_above = c["interval"][0] == 0, c["interval"][1] is None
+        if any(c["censored"]) and (open_below or open_above):
             value = "?" if open_below and open_above else f"{'≤' if open_below else '≥'} {value}"
         return f"{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
 
@@ -560,18 +563,22 @@ def page(
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))
-            parts += [f"Judged before these were asked: {since}."] if (since := _asked_since(judged)) else []
+            parts += [f"Judged before this was asked: {since}."] if (since := _asked_since(judged)) else []
     return "\n\n".join(parts) + "\n"
 
 
 def _asked_since(judged: list[dict]) -> str:
-    "Which claims rest today on one that was not there when they were judged."
+    "Which claims rest today on one that was not there when they were judged, and which are exploratory by now."
     now = itertools.chain(
         REVIVAL_CLAIMS, behavior_claims(), pruning_claims(), probing_claims(), sweep_claims(), MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS
     )
     there = {c["id"] for c in judged}
-    late = {c.id: [i for i in c.rests_on if i not in there] for c in now if c.id in there}
-    return "; ".join(f"{', '.join(i)}, on which {claim} rests now" for claim, i in late.items() if i)
+    now = [c for c in now if c.id in there]
+    late = {c.id: [i for i in c.rests_on if i not in there] for c in now}
+    said = [f"{', '.join(i)}, on which {claim} rests now" for claim, i in late.items() if i]
+    plain = {c["id"] for c in judged if not c["exploratory"]}
+    marked = [c.id for c in now if c.exploratory is True and c.id in plain]
+    return "; ".join(said + ([f"and before {', '.join(marked)} counted as exploratory"] if marked else []))
 
 
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
@@ -728,6 +735,7 @@ _BEHAVIOR = (
         lambda t: t.tuned("acc_oft", "H", "η_M", 0.8) - t.tuned("acc_oft", "L", "η_M", 0.8),
         "{η_M 0.8 acc_oft H L}",
         rests_on=("S6", "S29"),
+        exploratory=True,
     ),
     Claim(
         "C1h",
@@ -1127,6 +1135,7 @@ JAILBREAK_CLAIMS = (
         0.30,
         lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "H", "acc_opt"),
         rests_on=("S22", "S28"),
+        exploratory=True,
     ),
     Claim(
         "C6i",
@@ -1167,6 +1176,7 @@ JAILBREAK_CLAIMS = (
         lambda t: t.end("reft_by", "acc_opt", prior="L", c_tr=1.0, by="J1"),
         "not in the paper",
         rests_on=("S23", "S45"),
+        exploratory=True,
     ),
 )
 
@@ -1365,6 +1375,7 @@ _SWEEPS = (
         lambda t: t.end(metric="acc_opt", **_back("η_S")),
         "possible (Fig. 76)",
         rests_on=("S27", "S44"),
+        exploratory=True,
     ),
     Claim(
         "C11e",
@@ -1375,6 +1386,7 @@ _SWEEPS = (
         lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), _back("η_S")),
         ratio=True,
         rests_on=("S27", "S44"),
+        exploratory=True,
     ),
     _before("S43", "HL", part=0.05),
     Claim(
@@ -1386,6 +1398,7 @@ _SWEEPS = (
         _revived,
         "for every length (Fig. 78)",
         rests_on=("S43", "S44"),
+        exploratory=True,
     ),
 )
 
@@ -1430,19 +1443,22 @@ def wrapped_claims(
 def gone_or_wrapped(
     judged: list[dict],  # of `wrapped_claims`, as from `judge_each`
 ) -> str:
-    "The answer in one sentence, which begins with wrapped, no sooner, not lost or undecided."
+    "The answer in one sentence, which begins with wrapped, not sooner, not back, not lost or undecided."
     by = {c["id"]: c for c in judged}
-    if by["W1"]["verdict"] == "holds" and by["W2"]["verdict"] == "fails":
+    said = {i: c["verdict"] for i, c in by.items()}
+    if said["W1"] == "holds" and said["W2"] == "fails":
         return "not lost: fine-tuning has left the capability in the behaviour"
-    for i in ("W1", "W2", "W3", "W5"):
-        c = by[i]
-        if c["verdict"] != "holds" and (i != "W5" or c["verdict"] == "inconclusive"):
+    may_fail = ("W4", "W5") if all(said[i] == "holds" for i in ("W1", "W2", "W3")) else ()
+    for i, c in by.items():
+        if c["verdict"] != "holds" and (i not in may_fail or (c["verdict"] == "inconclusive" and said["W4"] != "fails")):
             return f"undecided: {c['because'] or c['verdict']} ({i}: {c['statement'].removesuffix('.')})"
-    times, (low, high) = by["W5"]["value"], (by["W5"]["interval"])
-    range_ = f"[{low:.3g}, {'∞' if high is None else f'{high:.3g}'}], {_of_seeds(by['W5']['seeds'])}"
-    if by["W5"]["verdict"] == "holds":
-        return f"wrapped: it comes back {times:.3g} times as quickly as the control learns it {range_}"
-    return f"no sooner: it comes back {times:.3g} times as quickly as the control learns it {range_}; gone, or out of reach of this way back"
+    if said["W4"] == "fails":
+        return f"not back: reverse fine-tuning does not end with it, {_of_seeds(by['W4']['seeds'])}; gone, or out of reach of this way back"
+    shown, asked = verdict_table([by["W5"]])["value [90 % interval]"].iloc[0], by["W5"]["threshold"].split()[1]
+    found = f"it comes back {shown.replace(' [', ' times as quickly as the control learns it [')}, {_of_seeds(by['W5']['seeds'])}"
+    if said["W5"] == "holds":
+        return f"wrapped: {found}"
+    return f"not sooner: {found}, and {asked} was asked; nothing here says that it was only wrapped"
 
 
 def _of_seeds(n: int) -> str:

@@ -32,7 +32,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -785,9 +785,20 @@ class Line:
         what: str = "runs",  # what they are called
     ):
         self.total, self.things, self.what, self.finished = total, things, what, 0
-        self.given = 0.0  # of the work done, what was there before and says nothing of the pace
+        self.given = {}  # run → of the work done, what was there before and says nothing of the pace
         self.began = self.printed = time.monotonic()
         self.first = self.handle = None
+
+    def without(
+        self,
+        queue: "_Queue",  # of which some have failed
+        whole: float,  # the work of all its runs
+    ):
+        "Leave out what failed, and what starts from there."
+        gone = *queue.failed, *queue.left_out
+        self.total = whole - sum(map(_cost, gone))
+        for run in gone:
+            self.given.pop(run, None)
 
     def show(
         self,
@@ -820,7 +831,7 @@ class Line:
             print(f"{self.finished:3d} of {self.things} {self.what} · {self._clock(done)} · {note}", flush=True)
 
     def _clock(self, done: float) -> str:
-        now, left, worked = time.monotonic(), "?", done - self.given
+        now, left, worked = time.monotonic(), "?", done - sum(self.given.values())
         if done >= self.total:
             left = tqdm.format_interval(0)
         elif worked > 0 and not self.first:
@@ -968,10 +979,12 @@ _LOSSES = 3
 
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    queue, done, shown = _Queue(missing), 0.0, [0.0]
+    queue, done, shown, whole = _Queue(missing), 0.0, [0.0], sum(map(_cost, missing))
     while queue.waiting:
         group = _next_group(store, queue, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
+        if line:
+            line.given |= {run: _cost(run) * store.reached(run) / run.recipe.steps for run in group}
 
         def report(step, steps=group[0].recipe.steps, done=done, cost=cost, names=names):
             if line and time.monotonic() - shown[0] > 1:
@@ -982,6 +995,8 @@ def _train_here(store, missing, device, at_once, line) -> int:
             train_runs(store, group, device, report)
         except NotFinite as e:  # the others of its group go on without it
             queue.fail(group[e.which], e)
+            if line:
+                line.without(queue, whole)
             continue
         for run in group:
             queue.waiting.pop(run, None)
@@ -1074,7 +1089,9 @@ def _most_at_once(pool, run: Run, limit: int) -> int:
     "How many workers together train the most, by measurement."
     pace, steps = {}, max(2, round(0.5 * pool.submit(_pace, run, 2).result()))  # half a second of steps
     for n in sorted({1, -(-limit // 2), limit}):
-        pace[n] = sum(job.result() for job in [pool.submit(_pace, run, steps, place, n) for place in range(n)])
+        jobs = [pool.submit(_pace, run, steps, place, n) for place in range(n)]
+        for job in as_completed(jobs):  # one that fails ends it; the others would go on waiting for it
+            pace[n] = pace.get(n, 0) + job.result()
     # fewer only if that is clearly better: another program may have been busy for a moment
     best = max(pace, key=lambda n: pace[n] * (1.1 if n == limit else 1))
     print(f"{best} of {limit} workers side by side: {pace[best] / pace[1]:.2f} times as much as one")
@@ -1096,7 +1113,7 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
         begun[run] = order[run]
         if line and not steps[order[run]] and (reached := store.reached(run)):
             steps[order[run]] = reached
-            line.given += _cost(run) * reached / run.recipe.steps
+            line.given[run] = _cost(run) * reached / run.recipe.steps
         return pool.submit(_train_in_worker, store.root, run, address(run), order[run], device)
 
     def ended(run, process, peak):
@@ -1115,7 +1132,7 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
                 for run in [run for run in begun if run in queue.failed]:
                     del begun[run]
                 if line:
-                    line.total = whole - sum(map(_cost, (*queue.failed, *queue.left_out)))
+                    line.without(queue, whole)
                     line.show(done(), ", ".join(run.name for run in jobs.values()))
         if line and queue.waiting:
             print("a worker process was killed; what it and the others trained goes on from its checkpoints")
