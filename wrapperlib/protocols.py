@@ -488,9 +488,9 @@ def carry_out(
 
 def _duration(hours: float) -> str:
     return (
-        f"{hours * 3600:.0f} seconds"
+        f"{max(2, hours * 3600):.0f} seconds"
         if hours < 1 / 60
-        else f"{hours * 60:.0f} minutes"
+        else f"{max(2, hours * 60):.0f} minutes"
         if hours < 1
         else f"{hours:.1f} hours"
         if hours < 48
