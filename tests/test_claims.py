@@ -93,9 +93,15 @@ HAD, LOST, QUICK, SLOW = (1.0, 1.0, 1.0, 1.0), (1.0, 0.7, 0.3, 0.3), (0.3, 1.0, 
 @pytest.mark.parametrize(
     "curves, answer",
     [
-        ((LOST, QUICK, SLOW), "wrapped: it comes back 101"),
-        ((LOST, SLOW, SLOW), "not sooner: it comes back 1 times as quickly as the control learns it [1, 1], 3 seeds, and 1.5 was asked"),
-        ((LOST, SLOW, QUICK), "not sooner: it comes back 0.0"),
+        (
+            (LOST, QUICK, SLOW),
+            "wrapped: it comes back, and the control takes 101 [101, 101] times as many steps, 3 seeds",
+        ),
+        (
+            (LOST, SLOW, SLOW),
+            "not sooner: it comes back, but the control takes 1 [1, 1] times as many steps, 3 seeds, and >= 1.5 was asked",
+        ),
+        ((LOST, SLOW, QUICK), "not sooner: it comes back, but the control takes 0.0"),
         ((LOST, (0.3, 1.0, 0.3, 0.3), SLOW), "not back: "),  # it breaks down again
         ((LOST, SLOW[:1] * 4, SLOW), "not back: "),
         ((HAD, HAD, SLOW), "not lost"),
@@ -130,7 +136,7 @@ def test_the_page_says_what_was_not_asked_then(tmp_path):
     marked = tmp_path / "exp_mixing/early"
     early = [judge(claim, exact(1.0)) | dict(because="", exploratory=False) for claim in MIXING_CLAIMS]
     publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, early)
-    assert "Judged before this was asked: and before S20, S21 counted as exploratory." in page(tmp_path)
+    assert "\n\nExploratory by now: S20, S21.\n" in page(tmp_path)
     shutil.rmtree(marked)
     place = tmp_path / "exp_mixing/desk"
     place.mkdir(parents=True)
@@ -138,7 +144,7 @@ def test_the_page_says_what_was_not_asked_then(tmp_path):
     for kept, said in ((rows, False), ([r for r in rows if r["id"] != "S21"], True)):
         publish(place, pd.DataFrame(dict(a=[1])), {}, {}, kept)
         assert (
-            "Judged before this was asked: S21, on which C6b rests now; S21, on which C6c" in page(tmp_path)
+            "\n\nRests by now on what was not asked then: C6b on S21; C6c on S21; C6d on S21.\n" in page(tmp_path)
         ) == said
 
 
@@ -368,6 +374,9 @@ def test_pruning_claims_hold_and_fail():
     any_rows = verdicts(pruning_claims(), pruning_table(3, 0.8, 0.75, 0.95, 0.3))
     assert {i for i, v in any_rows.items() if v == "holds"} == {"S7", "S8", "C2a"}
     assert {any_rows[i] for i in ("C2b", "C2c", "C2d", "C2e")} == {"fails"}
+    half = verdicts(pruning_claims(), pruning_table(3, 0.8, 0.75, 0.95, 0.5))
+    assert half["C2e"] == "inconclusive"  # a half of fifteen rows says little of 0.6, though all seeds agree
+    assert half | dict(C2e="fails") == any_rows
 
 
 def probing_table(seeds, pretrained, tuned, untrained, shuffled, says):

@@ -63,7 +63,9 @@ def committed(tmp_path_factory):
 
 
 def test_the_verdicts_that_are_shown_are_those_of_the_committed_results(committed):
-    assert (committed / "outputs/VERDICTS.md").read_text() == page(committed / "outputs"), "run make verdicts, and commit"
+    assert (committed / "outputs/VERDICTS.md").read_text() == page(committed / "outputs"), (
+        "run make verdicts, and commit"
+    )
     for path in committed.glob("outputs/exp_*/desk*/claims.json"):
         assert not any(0 < c["seeds"] < 3 for c in json.loads(path.read_text())), path
     judged = json.loads((committed / "outputs/exp_revival/desk/claims.json").read_text())

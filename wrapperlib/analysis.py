@@ -23,7 +23,7 @@ from . import probing, pruning
 from .checks import BadInput, Rule, whole
 from .model import GPT
 from .protocols import O_FT, O_PT, SCALES, Scale, measure
-from .runs import Line, Run, Store, address, cores, describe, read_sealed, seal, source_digests, sources_of, write_whole
+from .runs import Line, Run, Store, _one_thread, address, cores, describe, read_sealed, seal, source_digests, sources_of, write_whole
 from .tasks import Edited, one_task
 from .training import accuracy
 
@@ -132,13 +132,9 @@ def look_at(
     "What the question finds in a model, from the store if it was asked before. Raises `BadInput` for a damaged file."
     path = _kept(store, question, scale, run, untrained)
     if not path.exists():
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in training: results never depend on the cores
-        try:
+        with _one_thread():  # as in training
             model = run.fresh_model().eval() if untrained else store.model(run)
             found = question.of(model.to(device), scale, run.seed)
-        finally:
-            torch.set_num_threads(before)
         write_whole(path, seal(found.to_csv(index=False).encode()))
     try:
         return pd.read_csv(io.BytesIO(read_sealed(path)))

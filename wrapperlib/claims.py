@@ -563,22 +563,22 @@ def page(
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))
-            parts += [f"Judged before this was asked: {since}."] if (since := _asked_since(judged)) else []
+            parts += _asked_since(judged, "index" if "index" in scale.split("_") else "count")
     return "\n\n".join(parts) + "\n"
 
 
-def _asked_since(judged: list[dict]) -> str:
-    "Which claims rest today on one that was not there when they were judged, and which are exploratory by now."
-    now = itertools.chain(
-        REVIVAL_CLAIMS, behavior_claims(), pruning_claims(), probing_claims(), sweep_claims(), MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS
-    )
+def _asked_since(judged: list[dict], task: str) -> list[str]:
+    "Sentences on claims that rest today on one that was not there when they were judged, and on those that are exploratory by now."
+    of_task = (claims(task) for claims in (behavior_claims, pruning_claims, probing_claims, sweep_claims))
+    now = itertools.chain(REVIVAL_CLAIMS, *of_task, MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS)
     there = {c["id"] for c in judged}
     now = [c for c in now if c.id in there]
     late = {c.id: [i for i in c.rests_on if i not in there] for c in now}
-    said = [f"{', '.join(i)}, on which {claim} rests now" for claim, i in late.items() if i]
+    said = [f"{claim} on {', '.join(i)}" for claim, i in late.items() if i]
     plain = {c["id"] for c in judged if not c["exploratory"]}
-    marked = [c.id for c in now if c.exploratory is True and c.id in plain]
-    return "; ".join(said + ([f"and before {', '.join(marked)} counted as exploratory"] if marked else []))
+    marked = [c.id for c in now if c.exploratory and c.id in plain]
+    found = ["Rests by now on what was not asked then: " + "; ".join(said) + "."] if said else []
+    return found + (["Exploratory by now: " + ", ".join(marked) + "."] if marked else [])
 
 
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
@@ -1454,11 +1454,11 @@ def gone_or_wrapped(
             return f"undecided: {c['because'] or c['verdict']} ({i}: {c['statement'].removesuffix('.')})"
     if said["W4"] == "fails":
         return f"not back: reverse fine-tuning does not end with it, {_of_seeds(by['W4']['seeds'])}; gone, or out of reach of this way back"
-    shown, asked = verdict_table([by["W5"]])["value [90 % interval]"].iloc[0], by["W5"]["threshold"].split()[1]
-    found = f"it comes back {shown.replace(' [', ' times as quickly as the control learns it [')}, {_of_seeds(by['W5']['seeds'])}"
+    shown = verdict_table([by["W5"]])["value [90 % interval]"].iloc[0]
+    found = f"the control takes {shown} times as many steps, {_of_seeds(by['W5']['seeds'])}"
     if said["W5"] == "holds":
-        return f"wrapped: {found}"
-    return f"not sooner: {found}, and {asked} was asked; nothing here says that it was only wrapped"
+        return f"wrapped: it comes back, and {found}"
+    return f"not sooner: it comes back, but {found}, and {by['W5']['threshold']} was asked; nothing here says that it was only wrapped"
 
 
 def _of_seeds(n: int) -> str:

@@ -313,14 +313,16 @@ class _At(torch.autograd.Function):
 
     @staticmethod
     def forward(x):
+        "`x`, and a copy of one row of it."
         return x.view_as(x), x[:, ANSWER].clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        "Nothing is needed on the way back."
 
     @staticmethod
     def backward(ctx, of_x, of_row):
+        "The gradient of `x`, written where it came."
         of_x[:, ANSWER] += of_row  # nobody else has it: it is fresh from `_Asked`
         return of_x
 
@@ -332,15 +334,18 @@ class _Asked(torch.autograd.Function):
 
     @staticmethod
     def forward(said, asked, score):
+        "Weights, shape (n, heads, t), and means, shape (n, heads, said)."
         weights = torch.baddbmm(score, asked, said.mT).softmax(-1)
         return weights, weights @ said
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        "Keep what the gradients need."
         ctx.save_for_backward(*inputs[:2], output[0])
 
     @staticmethod
     def backward(ctx, of_weights, of_mean):
+        "Gradients of the three arguments."
         said, asked, weights = ctx.saved_tensors
         of_weights = torch.baddbmm(of_weights, of_mean, said.mT)
         of_score = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))

@@ -453,6 +453,7 @@ class _Torn:
         self.file.close()
 
     def write(self, data):
+        "Write half, and fail."
         self.file.write(data[: len(data) // 2])
         self.file.flush()
         _fail(self.error)

@@ -627,4 +627,4 @@ def wrapped(
     rows = rows if c_te is None else rows[rows["c_te"] == c_te]
     phases = np.where(rows["protocol"] == "fine_tuning", "fine-tuning", "the way back")
     rows = rows.assign(phase=phases, model=rows["protocol"].map(names)).sort_values("phase", kind="stable")
-    return curves(rows, None, "phase", "model", None, {}, f"{metric}", x="step", guess=guess)
+    return curves(rows, None, "phase", "model", None, {}, metric, x="step", guess=guess)

@@ -51,6 +51,7 @@ class _OneDNN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
+        "Shape (…, inputs) to (…, outputs)."
         x = x.contiguous()  # rows with gaps between them, as the last position's are, take twenty times as long
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
@@ -59,6 +60,7 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        "Gradients of the three arguments."
         (x, weight), grad = ctx.saved_tensors, grad.contiguous()
         rows, given = grad.flatten(0, -2), x.flatten(0, -2)
         of_x = _product(grad, weight.T) if ctx.needs_input_grad[0] else None

@@ -22,7 +22,7 @@ import torch
 
 from .checks import BadInput, Rule, check, one_of, some_of, whole, writable
 from .model import Shape
-from .runs import Run, Store, cores, gently, train_all, with_starts
+from .runs import Run, Store, _one_thread, cores, gently, train_all, with_starts
 from .tasks import FAMILIES, PRIORS, Curriculum, Domain, Edited, Natural, answers, one_task
 from .training import FINE_TUNING, Measure, Recipe, accuracy, log_spaced, pick_device, seconds_per_step
 
@@ -457,13 +457,11 @@ def pace(
 
 
 def _measured_sample(run: Run, device: str) -> float:
-    model, ids, threads = run.fresh_model().to(device), run.measures[0].samples().to(device), torch.get_num_threads()
-    torch.set_num_threads(1)  # as a run has it
-    began = time.perf_counter()
-    accuracy(model, ids)
-    seconds = time.perf_counter() - began
-    torch.set_num_threads(threads)
-    return seconds / len(ids)
+    model, ids = run.fresh_model().to(device), run.measures[0].samples().to(device)
+    with _one_thread():  # as a run has it
+        began = time.perf_counter()
+        accuracy(model, ids)
+        return (time.perf_counter() - began) / len(ids)
 
 
 def _measured_step(run: Run, device: str, steps: int = 4) -> float:

@@ -98,6 +98,7 @@ class _Rotary(Attention):
     "Attention that turns queries and keys by their positions."
 
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        "What the heads write, as `Attention.forward`."
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
         half = q.shape[-1] // 2
         angle = torch.arange(x.shape[1])[:, None] * 100.0 ** (-torch.arange(half) / half)

@@ -784,21 +784,19 @@ class Line:
         things: int,  # how many runs, or whatever is done one by one
         what: str = "runs",  # what they are called
     ):
-        self.total, self.things, self.what, self.finished = total, things, what, 0
+        self.whole = self.total = total
+        self.things, self.what, self.finished = things, what, 0
         self.given = {}  # run → of the work done, what was there before and says nothing of the pace
         self.began = self.printed = time.monotonic()
         self.first = self.handle = None
 
     def without(
         self,
-        queue: "_Queue",  # of which some have failed
-        whole: float,  # the work of all its runs
+        gone: "Iterable[Run]",  # all that failed so far, and what starts from there
     ):
-        "Leave out what failed, and what starts from there."
-        gone = *queue.failed, *queue.left_out
-        self.total = whole - sum(map(_cost, gone))
-        for run in gone:
-            self.given.pop(run, None)
+        "Leave out work that will not be done."
+        self.total = self.whole - sum(map(_cost, gone))
+        self.given = {run: done for run, done in self.given.items() if run not in gone}
 
     def show(
         self,
@@ -950,6 +948,11 @@ class _Queue:
                 self.left_out.append(r)
                 del self.waiting[r]
 
+    @property
+    def gone(self) -> list[Run]:
+        "What failed, and what starts from there."
+        return [*self.failed, *self.left_out]
+
     def lose(self, run: Run) -> None:
         "Let a run wait again whose worker was killed, up to twice."
         self.lost[run] += 1
@@ -979,7 +982,7 @@ _LOSSES = 3
 
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    queue, done, shown, whole = _Queue(missing), 0.0, [0.0], sum(map(_cost, missing))
+    queue, done, shown = _Queue(missing), 0.0, [0.0]
     while queue.waiting:
         group = _next_group(store, queue, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
@@ -996,7 +999,7 @@ def _train_here(store, missing, device, at_once, line) -> int:
         except NotFinite as e:  # the others of its group go on without it
             queue.fail(group[e.which], e)
             if line:
-                line.without(queue, whole)
+                line.without(queue.gone)
             continue
         for run in group:
             queue.waiting.pop(run, None)
@@ -1104,7 +1107,6 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
     steps, order = _context.RawArray("q", len(missing)), {run: i for i, run in enumerate(missing)}
     measure = line and not workers and sum(run.recipe.steps for run in missing) >= _WORTH_MEASURING
     work, begun = 0.0, {}  # of the runs that have ended; run → its place, of those that have not
-    whole = sum(map(_cost, missing))
 
     def done():
         return work + sum(_cost(run) * min(steps[i] / run.recipe.steps, 1) for run, i in begun.items())
@@ -1129,10 +1131,10 @@ def _train_side_by_side(store, missing, device, workers, line) -> int:
                 measure = False  # once, also if a worker is killed meanwhile
                 room = _most_at_once(pool, next(iter(queue.waiting)), room)
             for jobs in _work_off(queue, pool, room, begin, ended):
-                for run in [run for run in begun if run in queue.failed]:
-                    del begun[run]
+                for run in queue.gone:
+                    begun.pop(run, None)
                 if line:
-                    line.without(queue, whole)
+                    line.without(queue.gone)
                     line.show(done(), ", ".join(run.name for run in jobs.values()))
         if line and queue.waiting:
             print("a worker process was killed; what it and the others trained goes on from its checkpoints")

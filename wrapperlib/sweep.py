@@ -532,17 +532,20 @@ class _Plain(yaml.SafeLoader):
     "YAML without what makes much of little, or hides what was written before."
 
     def compose_node(self, parent, index):
+        "A node that is no alias."
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node):
+        "A value that is not too long."
         if len(node.value) > _LONGEST:
             problem = f"a value of more than {_LONGEST} characters"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
+        "A mapping that names nothing twice."
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
