@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+
+# Before torch, and for every process that a test starts: there are as many as cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from wrapperlib.checks import BadInput
@@ -25,7 +29,7 @@ def papermill(folder, name, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(REPO)},
     )
 
 

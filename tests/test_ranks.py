@@ -48,7 +48,7 @@ def tales_run(place):
 
 def torchrun(processes: int, *what):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *what]
-    settings = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
+    settings = os.environ | dict(PYTHONPATH=str(REPO))
     return subprocess.run([*map(str, command)], cwd=REPO, env=settings, capture_output=True, text=True, timeout=300)
 
 
