@@ -10,10 +10,7 @@ __all__ = ['MOST', 'FEW', 'some_rows', 'Pruning', 'Probing', 'look_at', 'look_at
 import hashlib
 import io
 import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +20,7 @@ from . import probing, pruning
 from .checks import BadInput, Rule, whole
 from .model import GPT
 from .protocols import O_FT, O_PT, SCALES, Scale, measure
-from .runs import Line, Run, Store, _one_thread, address, cores, describe, read_sealed, seal, source_digests, sources_of, write_whole
+from .runs import Line, Run, Store, _one_thread, address, describe, read_sealed, seal, side_by_side, source_digests, sources_of, write_whole
 from .tasks import Edited, one_task
 from .training import accuracy
 
@@ -156,32 +153,13 @@ def look_at_all(
     if new:
         print(f"{len(models)} models: {len(models) - len(new)} known, {len(new)} to take apart")
         line = Line(len(new), len(new), "models")
-        for done, name in enumerate(_looked(store, question, scale, new, device, workers), 1):
-            line.ended(done, name)
-            line.show(done, name)
+        wanted = [(store, question, scale, *m, device) for m in new]
+        for done, (i, _) in enumerate(side_by_side(look_at, wanted, workers if device == "cpu" else 1), 1):
+            line.ended(done, new[i][0].name)
+            line.show(done, new[i][0].name)
     tables = [look_at(store, question, scale, *m, device).assign(**labels) for labels, *m in models]
     return pd.concat(tables, ignore_index=True)
 
-
-def _looked(store, question, scale, new, device, workers):
-    "Look at models, on a CPU side by side; yields their names as they are done."
-    at_once = min(len(new), workers or cores()) if device == "cpu" else 1
-    if at_once == 1:
-        for m in new:
-            look_at(store, question, scale, *m, device)
-            yield m[0].name
-        return
-    pool = ProcessPoolExecutor(at_once, get_context("spawn"))
-    try:
-        jobs = {pool.submit(look_at, store, question, scale, *m): m[0].name for m in new}
-        for job in as_completed(jobs):
-            job.result()
-            yield jobs[job]
-    except BrokenProcessPool:
-        said = "a worker process was killed while it took models apart (out of memory?)"
-        raise RuntimeError(f"{said}; what was found so far is kept, run again to go on, with fewer workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/16_analysis.ipynb #365ffa41
 _LABELS = ["protocol", "seed", "prior", "c_tr", "c_te", "ft_lr", "step"]

@@ -7,12 +7,11 @@ __all__ = ['LEVERS', 'CAPABILITIES', 'Lever', 'Drawn', 'Growing', 'trial', 'tria
 
 # %% ../nbs/15_recipes.ipynb #a5cb7078
 import math
-import multiprocessing
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -23,7 +22,7 @@ from .checks import check
 from .llama import turn
 from .model import GPT, Attention
 from .protocols import FAST, SCALES, Scale, pretraining
-from .runs import cores
+from .runs import Line, side_by_side
 from .tasks import PRIORS, Natural
 from .training import Measure, Recipe, accuracy, train
 
@@ -203,23 +202,19 @@ def _begin(name: str, lever: Lever, seed: int, steps: int, scale: Scale, prior: 
 
 # %% ../nbs/15_recipes.ipynb #c476cfab
 def trials(
-    wanted: Iterable[tuple[str, int, int]],  # lever, seed, steps; in the order in which they begin
+    wanted: list[tuple[str, int, int]],  # lever, seed, steps; in the order in which they begin
     workers: int = 0,  # processes; 0: one a core
     **options,  # of `trial`
 ) -> pd.DataFrame:
-    "The rows of all trials."
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or cores(), context) as pool:
-        jobs = [pool.submit(_alone, *what, options) for what in wanted]
-        try:
-            return pd.concat([job.result() for job in jobs], ignore_index=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    "The rows of all trials, in that order. Raises `RuntimeError` if a process is killed."
+    line, done, found = Line(sum(steps for _, _, steps in wanted), len(wanted), "trials"), 0, {}
+    for i, rows in side_by_side(partial(trial, **options), wanted, workers):
+        name, seed, steps = wanted[i]
+        done, found[i] = done + steps, rows
+        line.ended(done, f"{name}, seed {seed}")
+        line.show(done)
+    return pd.concat([found[i] for i in range(len(wanted))], ignore_index=True)
 
-
-def _alone(name: str, seed: int, steps: int, options: dict) -> pd.DataFrame:
-    torch.set_num_threads(1)
-    return trial(name, seed, steps, **options)
 
 # %% ../nbs/15_recipes.ipynb #4437525c
 def arrivals(

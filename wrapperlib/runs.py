@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'Run', 'with_starts', 'describe', 'source_digests', 'sources_of', 'address', 'write_whole', 'seal',
            'read_sealed', 'Store', 'train_run', 'train_runs', 'program', 'now', 'versions', 'Line', 'cores',
-           'train_all', 'Stopped', 'gently', 'peak_memory', 'commit', 'provenance', 'publish', 'check_results']
+           'train_all', 'Stopped', 'gently', 'side_by_side', 'peak_memory', 'commit', 'provenance', 'publish',
+           'check_results']
 
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
@@ -1162,6 +1163,35 @@ def _pool(workers: int, steps):
             "no worker process came up: this is a script that lacks `if __name__ == '__main__':`, or they were killed "
             "(out of memory?). Finished runs and checkpoints are kept, run again to go on"
         )
+
+
+def side_by_side(
+    work: Callable,  # a function of a module
+    wanted: list[tuple],  # what each call is given
+    workers: int = 0,  # processes; 0: one a core
+) -> Iterator[tuple[int, object]]:
+    "Calls of one function, each on one thread; yields, as they end, place and result. With one worker they are made here. Raises `RuntimeError` if a process is killed."
+    together = min(len(wanted), workers or cores())
+    if together < 2:
+        for i, given in enumerate(wanted):
+            with _one_thread():
+                found = work(*given)
+            yield i, found
+        return
+    pool = ProcessPoolExecutor(together, _context, _begin_call, (os.getpid(),))
+    try:
+        jobs = {pool.submit(work, *given): i for i, given in enumerate(wanted)}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process was killed (out of memory?); run again, with fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_call(parent: int):
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _work_off(queue: _Queue, pool, room: int, begin, ended):
