@@ -26,6 +26,8 @@ sys.path[:0] = [str(HERE), str(REPO)]
 
 import explorer  # noqa: E402
 
+from wrapperlib import claims as judging  # noqa: E402
+
 SCALES = ("desk", "paper", "desk_paper", "smoke")  # whose results are linked first
 MEASURED = ("bench_", "faults")  # what is no experiment of the paper's
 VARIANTS = ("index", "quarter")  # what a folder's name says beside the scale
@@ -71,7 +73,11 @@ def howtos() -> list[Path]:
 def results() -> tuple[Path, ...]:
     "Executed copies of experiments and benchmarks, that of the most telling scale first; scale smoke means nothing."
     found = [p for p in (REPO / "outputs").glob("*/**/*.ipynb") if p.stem in p.parts[:-1]]
-    found = [p for p in found if not {"runs", "earlier"} & set(p.relative_to(REPO).parts) and not label(p).startswith("smoke")]
+    found = [
+        p
+        for p in found
+        if not {"runs", "earlier"} & set(p.relative_to(REPO).parts) and not label(p).startswith("smoke")
+    ]
     read = (REPO / "README.md").read_text()  # its order is that of reading
     return tuple(sorted(found, key=lambda p: (read.find(f"[{p.stem}]") % 10**9, p.stem, *rank(label(p)))))
 
@@ -338,12 +344,9 @@ def number(x: float | None) -> str:
 
 
 def statistic(c: dict) -> str:
-    "Value, interval and threshold of a claim."
-    if not c["seeds"]:
-        return "not measured"
-    low, high = c["interval"]
+    "Value and interval of a claim."
     kind = "seeds" if c["interval_of"] == "seeds" else "measurement"
-    return f"{'≥ ' if high is None else ''}{number(c['value'])} [{number(low)}, {'∞' if high is None else number(high)}] <small>90 % over {kind}</small>"
+    return f"{judging.shown(c)} <small>90 % over {kind}</small>" if c["seeds"] else "not measured"
 
 
 def made_by(path: Path) -> str:
@@ -421,6 +424,7 @@ def all_ledgers() -> str:
     parts = []
     for path, claims in judged():
         parts += [f"## {named(path)}", f"[executed notebook]({where(path)}) · {counts(claims)}", ledger(path, claims)]
+        parts += judging.asked_since(list(claims), "index" if "index" in label(path).split("_") else "count")
     return "\n\n".join(parts)
 
 
@@ -540,6 +544,8 @@ def side_by_side(cells: pd.DataFrame) -> str:
 FILLED = dict(
     question=readme,
     commands=lambda: readme("Two commands"),
+    words=lambda: readme("Words"),
+    limits=lambda: readme("What was not verified"),
     citing=lambda: readme("Citing"),
     verdicts=main_verdicts,
     in_short=verdicts_in_short,

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['REVIVAL_CLAIMS', 'MIXING_CLAIMS', 'JAILBREAK_CLAIMS', 'UNRELATED_CLAIMS', 'RANDFT_CLAIMS', 'Value', 'interval',
            'one_curve', 'at_end', 'steps_to', 'area', 'NotMeasured', 'times_as_many', 'OneSeed', 'Claim', 'judge',
-           'judge_all', 'judge_revival', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page', 'write_page',
-           'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims', 'pruning_claims', 'probing_claims',
-           'judge_each', 'sweep_claims', 'wrapped_claims', 'gone_or_wrapped']
+           'judge_all', 'judge_revival', 'shown', 'verdict_table', 'thresholds', 'as_markdown', 'in_short', 'page',
+           'asked_since', 'write_page', 'paper_tables', 'beside_paper', 'table_to_read', 'behavior_claims',
+           'pruning_claims', 'probing_claims', 'judge_each', 'sweep_claims', 'wrapped_claims', 'gone_or_wrapped']
 
 # %% ../nbs/11_claims.ipynb #804c6369
 import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -298,7 +299,7 @@ def judge_all(
     for claim in claims:
         check(claim.id not in rows, "claim", claim.id, "each id once")
         try:
-            row = judge(claim, [claim.of(seed) for seed in seeds]) | dict(because="")
+            row = judge(claim, _of_each(claim, seeds)) | dict(because="")
         except NotMeasured as e:
             row = judge(claim, [Value(math.nan, -math.inf, math.inf)]) | dict(
                 per_seed=[], censored=[], seeds=0, because=f"not measured: {e}"
@@ -308,6 +309,20 @@ def judge_all(
             row |= dict(verdict="inconclusive", because=f"rests on {', '.join(missing)}")
         rows[claim.id] = row
     return list(rows.values())
+
+
+def _of_each(claim: Claim, seeds: list[OneSeed]) -> list[Value]:
+    "Raises `NotMeasured`, also for what one seed of several lacks, and says of how many it is so."
+    values, lacking = [], Counter()
+    for seed in seeds:
+        try:
+            values.append(claim.of(seed))
+        except NotMeasured as e:
+            lacking[str(e)] += 1
+    if lacking:
+        of = f" of {len(seeds)} seeds)"
+        raise NotMeasured("; ".join(why if n == len(seeds) else f"{why} (in {n}{of}" for why, n in lacking.items()))
+    return values
 
 
 def _plain(x: float) -> float | None:
@@ -482,17 +497,21 @@ def judge_revival(
     return judge_each(REVIVAL_CLAIMS, table, rates, samples)
 
 # %% ../nbs/11_claims.ipynb #49a06db6
+def shown(
+    c: dict,  # a row as from `judge`
+) -> str:
+    "The value with its interval, in three digits; ≥ or ≤ where a curve that did not arrive leaves one end open."
+    value, low, high = ("?" if x is None else f"{x:.3g}" for x in (c["value"], *c["interval"]))
+    open_below, open_above = c["interval"][0] == 0, c["interval"][1] is None
+    if any(c["censored"]) and (open_below or open_above):
+        value = "?" if open_below and open_above else f"{'≤' if open_below else '≥'} {value}"
+    return f"{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
+
+
 def verdict_table(
     judged: Iterable[dict],  # rows as from `judge`
 ) -> pd.DataFrame:
     "Claims as a table to read: value with interval, each seed's value, threshold, verdict, seeds, the paper's value; rows are ids."
-
-    def shown(c):
-        value, low, high = ("?" if x is None else f"{x:.3g}" for x in (c["value"], *c["interval"]))
-        open_below, open_above = c["interval"][0] == 0, c["interval"][1] is None
-        if any(c["censored"]) and (open_below or open_above):
-            value = "?" if open_below and open_above else f"{'≤' if open_below else '≥'} {value}"
-        return f"{value} [{low}, {'∞' if high == '?' else high}]" if c["seeds"] else "–"
 
     return pd.DataFrame(
         {
@@ -563,11 +582,14 @@ def page(
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))
-            parts += _asked_since(judged, "index" if "index" in scale.split("_") else "count")
+            parts += asked_since(judged, "index" if "index" in scale.split("_") else "count")
     return "\n\n".join(parts) + "\n"
 
 
-def _asked_since(judged: list[dict], task: str) -> list[str]:
+def asked_since(
+    judged: list[dict],  # claims as in `claims.json`
+    task: str,  # count or index
+) -> list[str]:
     "Sentences on claims that rest today on one that was not there when they were judged, and on those that are exploratory by now."
     of_task = (claims(task) for claims in (behavior_claims, pruning_claims, probing_claims, sweep_claims))
     now = itertools.chain(REVIVAL_CLAIMS, *of_task, MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS)
@@ -582,7 +604,7 @@ def _asked_since(judged: list[dict], task: str) -> list[str]:
 
 
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
-Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory: there it, or what is counted, or what the claim rests on, was written or changed after a run had been seen; why it is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb).
+Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory: there it, or what is counted, or what the claim rests on, was written or changed after a run had been seen. Intervals of results that were made before 26 November 2026 are Student's alone: they can pass 0 or 1, and have no width where seeds agree. Why a threshold is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb).
 The paper's values stand beside ours by the name of the rate. At `desk` names tell the order of rates and not their size: beside the rate of pretraining, its η_S is the paper's η_L ([protocols](../nbs/10_protocols.ipynb))."""
 
 

@@ -132,8 +132,8 @@ def single_weights(
                         place = x + 0.22 * (list(rates).index(rate) - (len(rates) - 1) / 2)
                         ax.bar(place, chosen.mean(), 0.2, color=colour, edgecolor=colour, lw=1.2)  # a zero leaves a stroke
                         ax.vlines(place, chosen.min(), chosen.max(), color="0.2", lw=0.8)
-            ax.set(ylim=(0, 1.03), xticks=range(len(_BARS)))
-            ax.set_xticklabels(list(_BARS), fontsize=8)
+            ax.set(ylim=(-0.03, 1.03), xticks=range(len(_BARS)))
+            ax.set_xticklabels(list(_BARS), fontsize=7)
             ax.set_title(f"C_Tr = {share:g}" if metric == "acc_opt" else "")
     for row, metric in zip(axes, _WHOSE):
         row[0].set_ylabel(f"accuracy, {_WHOSE[metric]}")

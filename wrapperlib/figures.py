@@ -180,6 +180,8 @@ def steps_back(
     points = _arrivals(back)
     colours = _colours(back["line"])
     tuned = [line for line in colours if line != "Scr.+FT"]
+    seeds = sorted(points["seed"].unique())
+    beside = dict(zip(seeds, np.linspace(-0.05, 0.05, len(seeds)) if len(seeds) > 1 else [0]))
     shift = {"Scr.+FT": 0} | dict(zip(tuned, np.linspace(-0.12, 0.12, len(tuned)) if len(tuned) > 1 else [0]))
     order = [*(p for p in back["prior"].unique() if p != "Scr.+FT"), "Scr.+FT"]
     fig, axes = plt.subplots(1, len(rates), figsize=(4.2 * len(rates), 3.2), sharey=True, squeeze=False)
@@ -188,7 +190,7 @@ def steps_back(
         for line, colour in colours.items():
             for censored, marker in ((False, "o"), (True, ">")):
                 some = here[(here["line"] == line) & (here["censored"] == censored)]
-                y = [order.index(p) + shift[line] + 0.05 * (s - 1) for p, s in zip(some["prior"], some["seed"])]
+                y = [order.index(p) + shift[line] + beside[s] for p, s in zip(some["prior"], some["seed"])]
                 faces = [(1, 1, 1, 0) if kept else (*colour, 0.8) for kept in some["kept"]]
                 ax.scatter(some["steps"], y, facecolors=faces, edgecolors=[colour], marker=marker)
         ax.set(
@@ -205,8 +207,8 @@ def steps_back(
     kinds = {line: dict(color=colour, ls="", marker="o") for line, colour in colours.items()}
     _legend(axes[0][-1], {}, kinds, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[0][0].set_ylabel("prior before fine-tuning")
-    seeds = _seeds(points["seed"].nunique()).split(":")[0]
-    fig.suptitle(f"Steps until a is counted again (scale {scale}, {seeds})", y=1.03)
+    of = _seeds(len(seeds)).split(":")[0]
+    fig.suptitle(f"Steps until a is counted again (scale {scale}, {of})", y=1.03)
     return fig
 
 # %% ../nbs/12_figures.ipynb #8843c443
