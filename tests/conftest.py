@@ -75,8 +75,8 @@ def one_thread():
 
 
 # What takes minutes begins first, so that no process is left with it at the end; of these files each test goes where there is room.
-LONG = ("house", "compiled", "faults", "sweep", "site", "exp_stories", "exp_appendix", "howto", "bench")
-LONG += ("exp_revival", "exp_fine_tuning", "ranks", "make", "runs")
+LONG = ("house", "site", "faults", "compiled", "runs", "sweep", "howto", "exp_revival", "ranks", "make", "bench")
+LONG += ("exp_appendix", "exp_fine_tuning", "exp_stories")
 APART = ("test_library_notebooks_run", "test_a_howto_runs", "test_the_benchmark_leaves_its_table")
 
 
