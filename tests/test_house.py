@@ -71,10 +71,15 @@ def test_the_verdicts_that_are_shown_are_those_of_the_committed_results(committe
     judged = json.loads((committed / "outputs/exp_revival/desk/claims.json").read_text())
     readme = (committed / "README.md").read_text()
     assert as_markdown(judged) in readme
-    for name, path in re.findall(r"^\| \[(exp_\w+)\]\((outputs/.+?)\) ", readme, re.M):
-        claims = committed / path.replace(f"{name}.ipynb", "claims.json")
+    for name in re.findall(r"^\| \[(exp_\w+)\]\(", readme, re.M):
+        found = {
+            c.parent.name: in_short(json.loads(c.read_text())) for c in committed.glob(f"outputs/{name}/*/claims.json")
+        }
+        shown = [found.pop("desk", "")] + [
+            f"{folder.replace('desk_index', 'index')}: {found[folder]}" for folder in sorted(found)
+        ]
         row = next(line for line in readme.splitlines() if line.startswith(f"| [{name}]"))
-        assert row.endswith(f"| {in_short(json.loads(claims.read_text())) if claims.exists() else ''} |"), name
+        assert row.endswith(f"| {'; '.join(shown)} |"), (name, shown)
 
 
 def test_the_committed_results_are_whole(committed):
