@@ -379,7 +379,7 @@ def probing(
             ax.fill_between(range(len(sites)), mixed.min()[sites], mixed.max()[sites], color="0.85", zorder=0)
             ax.set_xticks(range(len(sites)), [f"B{i}" for i in range(len(sites))])
             ax.set(ylim=(-0.03, 1.03), ylabel=f"accuracy, {name} = {lr:g}", title=_prior_title(prior) if first else "")
-            ax.set_xlabel("residual stream after block (B0: embedding)")
+    fig.supxlabel("residual stream after block (B0: embedding)", fontsize="medium")
     _outer(axes)
     others = {
         "pretrained": dict(color="k"),
