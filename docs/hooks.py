@@ -424,7 +424,7 @@ def all_ledgers() -> str:
     parts = []
     for path, claims in judged():
         parts += [f"## {named(path)}", f"[executed notebook]({where(path)}) · {counts(claims)}", ledger(path, claims)]
-        parts += judging.asked_since(list(claims), "index" if "index" in label(path).split("_") else "count")
+        parts += judging.asked_since(list(claims), label(path))
     return "\n\n".join(parts)
 
 

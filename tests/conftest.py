@@ -22,11 +22,10 @@ PATIENCE = ("--start-timeout", "600")  # a kernel starts slowly on a machine tha
 
 
 def papermill(folder, name, *arguments):
-    "Execute an experiment, by name or path, in another folder."
-    notebook = name if isinstance(name, pathlib.Path) else REPO / "nbs" / f"{name}.ipynb"
-    given = [str(notebook), notebook.name, "--no-progress-bar", *PATIENCE, *arguments]
+    "Execute an experiment in another folder."
+    notebook = str(REPO / "nbs" / f"{name}.ipynb")
     return subprocess.run(
-        [sys.executable, "-m", "papermill", *given],
+        [sys.executable, "-m", "papermill", notebook, f"{name}.ipynb", "--no-progress-bar", *PATIENCE, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -17,6 +17,7 @@ from wrapperlib.claims import (
     REVIVAL_CLAIMS,
     UNRELATED_CLAIMS,
     Claim,
+    NotMeasured,
     Value,
     area,
     at_end,
@@ -195,6 +196,21 @@ def test_two_curves_are_not_taken_for_one_and_two_claims_have_two_ids():
     claim = Claim("A", "", "", ">=", 1, lambda v: v)
     with pytest.raises(BadInput, match="claim is 'A'"):
         judge_all([claim, claim], exact(1.1, 1.1))
+
+
+def test_what_some_seeds_lack_is_said_with_how_many():
+    def lacks(*seeds):
+        def of(seed):
+            if seed in seeds:
+                raise NotMeasured("no way back")
+            return Value(1.0, 1.0, 1.0)
+
+        [row] = judge_all([Claim("X", "", "", ">=", 1, of)], [0, 1, 2])
+        return row["because"]
+
+    assert lacks() == ""
+    assert lacks(1) == "not measured: no way back, in 1 of 3 seeds"
+    assert lacks(0, 1, 2) == "not measured: no way back"
 
 
 def test_what_censoring_leaves_open_stays_open():

@@ -26,7 +26,7 @@ def papermill(folder, *arguments, output="executed.ipynb"):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("somewhere else")
-    done = papermill(folder, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "1")
+    done = papermill(folder, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -141,7 +141,7 @@ def test_which_ends_papermill_at_once(tmp_path, arguments, says):
 
 def test_a_damaged_store_ends_it_before_training_and_is_left_alone(tmp_path):
     place = tmp_path / "outputs" / "exp_revival" / "smoke"
-    assert papermill(tmp_path, "-p", "scale", "smoke", "-p", "priors", "L", "-p", "workers", "1").returncode == 0
+    assert papermill(tmp_path, "-p", "scale", "smoke", "-p", "priors", "L").returncode == 0
     weights = next((tmp_path / "outputs" / "runs").glob("*-*/weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     before = {p: p.read_bytes() for p in (weights, place / "results.csv", place / "claims.json")}

@@ -32,6 +32,7 @@ from wrapperlib.runs import (
     check_results,
     describe,
     publish,
+    side_by_side,
     train_all,
     train_run,
     train_runs,
@@ -148,6 +149,13 @@ def test_code_that_was_edited_after_it_was_imported_is_refused(repo, tmp_path, w
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=True)
     assert re.fullmatch("source is .*edited since.*restart to use it\n", done.stdout), done.stderr
     assert not list(tmp_path.glob("runs/*-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_calls_side_by_side_come_with_their_places_and_their_errors(workers):
+    assert dict(side_by_side(divmod, [(7, 2), (9, 4), (5, 5)], workers)) == {0: (3, 1), 1: (2, 1), 2: (1, 0)}
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(divmod, [(7, 2), (9, 0)], workers))
 
 
 def test_side_by_side_gives_the_same_bits_as_one_after_the_other(tmp_path, domain):

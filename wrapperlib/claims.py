@@ -320,8 +320,8 @@ def _of_each(claim: Claim, seeds: list[OneSeed]) -> list[Value]:
         except NotMeasured as e:
             lacking[str(e)] += 1
     if lacking:
-        of = f" of {len(seeds)} seeds)"
-        raise NotMeasured("; ".join(why if n == len(seeds) else f"{why} (in {n}{of}" for why, n in lacking.items()))
+        of = f"of {len(seeds)} seeds"
+        raise NotMeasured("; ".join(why if n == len(seeds) else f"{why}, in {n} {of}" for why, n in lacking.items()))
     return values
 
 
@@ -582,15 +582,16 @@ def page(
             judged = json.loads(path.read_text())
             parts += [f"## {name}, {scale}", f"[executed notebook]({name}/{scale}/{name}.ipynb): {in_short(judged)}"]
             parts.append(as_markdown(judged))
-            parts += asked_since(judged, "index" if "index" in scale.split("_") else "count")
+            parts += asked_since(judged, scale)
     return "\n\n".join(parts) + "\n"
 
 
 def asked_since(
     judged: list[dict],  # claims as in `claims.json`
-    task: str,  # count or index
+    folder: str,  # where they lie, such as desk_index
 ) -> list[str]:
     "Sentences on claims that rest today on one that was not there when they were judged, and on those that are exploratory by now."
+    task = "index" if "index" in folder.split("_") else "count"
     of_task = (claims(task) for claims in (behavior_claims, pruning_claims, probing_claims, sweep_claims))
     now = itertools.chain(REVIVAL_CLAIMS, *of_task, MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS)
     there = {c["id"] for c in judged}

@@ -169,6 +169,11 @@ def _arrivals(back: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _spread(things: list, reach: float) -> dict:
+    "Each thing's place beside the middle, at equal distances."
+    return dict(zip(things, np.linspace(-reach, reach, len(things)) if len(things) > 1 else [0]))
+
+
 def steps_back(
     table: pd.DataFrame,  # results of `revival_plan`
     rates: dict[str, float],  # name → learning rate of the way back
@@ -180,9 +185,7 @@ def steps_back(
     points = _arrivals(back)
     colours = _colours(back["line"])
     tuned = [line for line in colours if line != "Scr.+FT"]
-    seeds = sorted(points["seed"].unique())
-    beside = dict(zip(seeds, np.linspace(-0.05, 0.05, len(seeds)) if len(seeds) > 1 else [0]))
-    shift = {"Scr.+FT": 0} | dict(zip(tuned, np.linspace(-0.12, 0.12, len(tuned)) if len(tuned) > 1 else [0]))
+    beside, shift = _spread(sorted(points["seed"].unique()), 0.05), {"Scr.+FT": 0} | _spread(tuned, 0.12)
     order = [*(p for p in back["prior"].unique() if p != "Scr.+FT"), "Scr.+FT"]
     fig, axes = plt.subplots(1, len(rates), figsize=(4.2 * len(rates), 3.2), sharey=True, squeeze=False)
     for ax, (name, rate) in zip(axes[0], rates.items()):
@@ -207,8 +210,8 @@ def steps_back(
     kinds = {line: dict(color=colour, ls="", marker="o") for line, colour in colours.items()}
     _legend(axes[0][-1], {}, kinds, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[0][0].set_ylabel("prior before fine-tuning")
-    of = _seeds(len(seeds)).split(":")[0]
-    fig.suptitle(f"Steps until a is counted again (scale {scale}, {of})", y=1.03)
+    seeds = _seeds(len(beside)).split(":")[0]
+    fig.suptitle(f"Steps until a is counted again (scale {scale}, {seeds})", y=1.03)
     return fig
 
 # %% ../nbs/12_figures.ipynb #8843c443

@@ -208,7 +208,7 @@ def trials(
 ) -> pd.DataFrame:
     "The rows of all trials, in that order. Raises `RuntimeError` if a process is killed."
     line, done, found = Line(sum(steps for _, _, steps in wanted), len(wanted), "trials"), 0, {}
-    for i, rows in side_by_side(partial(trial, **options), wanted, workers):
+    for i, rows in side_by_side(partial(trial, **options), wanted, workers, "run again, with fewer workers"):
         name, seed, steps = wanted[i]
         done, found[i] = done + steps, rows
         line.ended(done, f"{name}, seed {seed}")

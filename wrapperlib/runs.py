@@ -1169,6 +1169,7 @@ def side_by_side(
     work: Callable,  # a function of a module
     wanted: list[tuple],  # what each call is given
     workers: int = 0,  # processes; 0: one a core
+    kept: str = "what was done before is kept, run again to go on, with fewer workers",  # what is said if a process is killed
 ) -> Iterator[tuple[int, object]]:
     "Calls of one function, each on one thread; yields, as they end, place and result. With one worker they are made here. Raises `RuntimeError` if a process is killed."
     together = min(len(wanted), workers or cores())
@@ -1184,7 +1185,7 @@ def side_by_side(
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool:
-        raise RuntimeError("a worker process was killed (out of memory?); run again, with fewer workers") from None
+        raise RuntimeError(f"a worker process was killed (out of memory?); {kept}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
