@@ -32,6 +32,8 @@ AUDITOR := .venv/.auditor
 TORCH := torch==2.13.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# progress is told in lines, so that nobody needs the widget whose absence transformers and Ray would note in an executed copy
+export PYTHONWARNINGS := ignore:IProgress not found
 
 # what the tests last passed with, exactly, where that is known for this Python; `rm -rf .venv; make test PINS=` takes the newest
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -855,7 +855,7 @@ def plan(
 
 
 NOT_COUNTED = "Not counted: probing, pruning, and what models write and are asked."
-AT_BEST = "Minutes are at best: they are divided by all cores, and two processes on two cores of one machine measured 1.6 times one."
+AT_BEST = "Minutes are at best: they are divided by all cores, and two processes on two cores measured 1.6 times one on one machine, 1.9 times on another."
 NOT_PLANNED = (
     f"{NOT_COUNTED} "
     "Runs that a GPU would train side by side as one program are priced one by one, so there it is an upper bound; "
