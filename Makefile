@@ -79,7 +79,7 @@ paper status: $(if $(filter ray,$(ENGINE)),$(CLUSTER))
 	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
 
 plan:
-	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --gpus '$(GPUS)'
+	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --gpus '$(GPUS)' --out '$(OUT)'
 
 # The experiment on stories has a tokeniser of its own, and DATA: tales, hub, or a folder with TinyStories-Instruct.
 $(TOKENS): $(READY)

@@ -52,7 +52,9 @@ class Deadly:
 
 def test_a_killed_worker_is_a_sentence(trained):
     store, plan = trained
-    with pytest.raises(RuntimeError, match=r"worker process was killed .*what was done before is kept, run again to go on"):
+    with pytest.raises(
+        RuntimeError, match=r"worker process was killed .*what was done before is kept, run again to go on"
+    ):
         look_at_all(store, Deadly(), SCALE, [({}, run, False) for _, run in plan], workers=2)
 
 

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -226,3 +227,15 @@ def test_every_parameter_has_a_type_and_a_meaning(path):
     for line in "".join(cell["source"]).splitlines():
         rest = line.split(": ", 1)[1]
         assert rest.startswith(("str = ", "int = ")) and "  # " in rest, line
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "tests").glob("test_*.py")), ids=lambda path: path.stem)
+def test_what_a_test_asks_of_a_module_is_there(path):
+    "Also what only slow tests and those for a GPU ask for, which seldom run."
+    tree = ast.parse(path.read_text())
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "wrapperlib"]
+    modules = {a.asname or a.name: importlib.import_module(f"wrapperlib.{a.name}") for i in imported for a in i.names}
+    asked = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name))
+    assert not [
+        f"{n.value.id}.{n.attr}" for n in asked if n.value.id in modules and not hasattr(modules[n.value.id], n.attr)
+    ]

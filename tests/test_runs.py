@@ -11,10 +11,11 @@ import stat
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -39,7 +40,7 @@ from wrapperlib.runs import (
     write_whole,
 )
 from wrapperlib.tasks import Domain, one_task
-from wrapperlib.training import Measure, NotFinite, Recipe, train
+from wrapperlib.training import Measure, NotFinite, Progress, Recipe, train
 
 
 def a_run(domain, steps=30, seed=0, **changes):
@@ -91,6 +92,8 @@ def test_why(store, domain, monkeypatch):
     assert store.why(run) == "new"
     train_run(store, run)
     assert store.why(a_run(domain, steps=6)) == "differs in recipe.steps (6, was 5)"
+    more = replace(run, measures=(replace(run.measures[0], n=64),))
+    assert store.why(more) == "differs in measures.0.n (64, was 32)"
     changed = runs.source_digests() | {"tasks": "other"}
     monkeypatch.setattr(runs, "source_digests", lambda: changed)
     assert not store.finished(run)
@@ -357,6 +360,52 @@ def test_runs_that_fail_stop_only_those_that_start_from_them(store, domain, work
     )
     assert set(re.fullmatch(said, str(found.value))[1].split(", ")) == {"after", "last"}
     assert all(map(store.finished, good)) and not any(map(store.finished, (one, two, after, last)))
+
+
+@dataclass(frozen=True)
+class Broken:
+    "A stream of one's own that has a mistake."
+
+    domain: Domain
+
+    def batch(self, n, seed, step):
+        raise KeyError("my mistake")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_error_of_a_run_names_it_keeps_its_traceback_and_stops_no_other(store, domain, workers):
+    run, good = a_run(domain, steps=5, name="mine"), a_run(domain, steps=5, seed=1)
+    mine = replace(run, stream=Broken(domain))
+    with pytest.raises(RuntimeError, match=r"^mine: KeyError: 'my mistake'") as found:
+        train_all(store, [mine, good], workers=workers, quiet=True)
+    said = "".join(traceback.format_exception(found.value))
+    assert "in batch" in said and store.finished(good) and not store.finished(mine)
+
+
+def test_what_another_machine_may_still_be_writing_is_left_alone(store, domain, monkeypatch):
+    run, names = a_run(domain, steps=5), {}
+    for machine in ("here", "there", "there, long ago"):
+        monkeypatch.setattr(runs.platform, "node", lambda name=machine: name)
+        partial = store.partial(run).with_name(f".{store.partial(run).name}.{runs._passing()}")
+        folder = store.root / f".{address(run)}.{runs._passing()}"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        folder.mkdir()
+        names[machine] = partial, folder
+    for path in names["there, long ago"]:
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(runs.platform, "node", lambda: "here")
+    train_run(store, run)
+    left = {machine: [path.exists() for path in both] for machine, both in names.items()}
+    assert left == {"here": [False, False], "there": [True, True], "there, long ago": [False, False]}
+
+
+def test_the_checkpoint_of_a_finished_run_does_not_stay(store, domain):
+    run = a_run(domain, steps=5)
+    train_run(store, run)
+    store.save_partial(run, Progress(3, {}, []), {})
+    assert train_all(store, [run], workers=1, quiet=True)["reused"] == 1
+    assert not store.partial(run).exists()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -824,8 +873,8 @@ def test_two_processes_without_locks(repo, tmp_path):
 def leave_half_written(store, run):
     "As a process that is killed does."
     for path in (
-        store.partial(run).with_name(f".{store.partial(run).name}.0"),
-        store.root / f".{address(run)}.0" / "x",
+        store.partial(run).with_name(f".{store.partial(run).name}.{runs._passing()}"),
+        store.root / f".{address(run)}.{runs._passing()}" / "x",
     ):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import yaml
 
 from tests.conftest import REPO, cells
 from wrapperlib import protocols, runs, sweep
@@ -212,6 +213,14 @@ def test_status_says_which_other_modules_have_changed_since(tmp_path):
         ("reft", {"scale": "smoke", "shape.width": 32}, "parameter name is 'shape.width'"),
         ("reft", {"scale": "smoke", "c_tr": "0.5"}, "c_tr is '0.5'; allowed: numbers from 0 to 1"),
         ("reft", {"scale": "smoke", "prior": "H L"}, "prior is 'H L'; allowed: one prior"),
+        (
+            "reft",
+            dict(scale="smoke", c_tr=[0, 0.0]),
+            "grid is .*'c_tr': 0}.*'c_tr': 0.0} are the same run.; allowed: different runs",
+        ),
+        ("reft", dict(scale="smoke", of="scr"), "parameter name is 'of'"),
+        ("exp_revival", dict(scale="smoke", keep=True), "parameter name is 'keep'"),
+        ("exp_revival", dict(scale="smoke", notebook="x"), "parameter name is 'notebook'"),
     ],
 )
 def test_a_grid_is_refused_before_its_first_run(tmp_path, of, grid, says):
@@ -265,6 +274,8 @@ def test_a_file_says_of_and_grid(tmp_path):
         (f"of: pretraining\ngrid: {{seed: {'9' * 5000}}}", "more than 1000 characters"),
         (f"of: pretraining\ngrid: {{seed: 0x{'f' * 5000}}}", "more than 1000 characters"),
         ("of: pretraining\ngrid: {seed: 2024-13-45}", "month must be in 1..12"),
+        ("of: pretraining\ngrid: {seed: 010}", "010, which YAML reads by base 8 or 60"),
+        ("of: pretraining\ngrid: {recipe.steps: 1:30}", "1:30, which YAML reads by base 8 or 60"),
         ("of: pretraining\ngrid: {seed: 1}\n" + "#" * 2**20, "up to 1048576 bytes"),
     ],
 )
@@ -389,6 +400,43 @@ def wild():
     broken = replace(sound, recipe=recipe, seed=1, name="broken")
     return [broken, replace(sound, start=broken, name="after"), replace(sound, seed=7, name="late"), sound]
 """
+
+
+def test_a_grid_of_which_something_failed_leaves_the_table_of_what_is_there(tmp_path, capsys):
+    grid = {"scale": "smoke", "recipe.steps": 5, "recipe.clip": 1e30, "recipe.muon": 0.0, "recipe.lr": [1e-3, 1e30]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(dict(of="pretraining", grid=grid)))
+    given = ["grid", str(tmp_path / "mine.yaml"), "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]
+    assert sweep.main(given) == 1
+    assert "recipe.lr 1e+30, recipe.muon 0" in capsys.readouterr().err
+    place = tmp_path / "sweeps/mine"
+    table = pd.read_csv(place / "results.csv")
+    assert set(table["recipe.lr"]) == {1e-3} and set(table["seed"]) == {0} and set(table["prior"]) == {"L"}
+    assert json.loads((place / "provenance.json").read_text())["failed"].startswith("NotFinite: pretraining, prior L")
+
+
+def test_runs_that_wait_for_each_other_take_longer_than_their_work_divided():
+    runs = sweep.read("exp_revival", scale="smoke").runs
+    seconds = dict.fromkeys(runs, 2.0)
+    assert sweep.at_best(seconds, 1) == 2.0 * len(runs)
+    assert sweep.at_best(seconds, 1000) == 2.0 * max(len(run.lineage) for run in runs)
+    assert sweep.at_best({}, 2) == 0
+
+
+def test_an_edited_notebook_is_told_and_a_reason_is_told_whole(tmp_path):
+    mine = tmp_path / "mine.ipynb"
+    mine.write_text((REPO / "nbs/exp_revival.ipynb").read_text())
+    experiment = sweep.read(str(mine), scale="smoke")
+    place = tmp_path / experiment.folder
+    runs.publish(place, pd.DataFrame(dict(value=[1])), {}, runs.provenance(vars(experiment.checked), {}))
+    executed = json.loads(mine.read_text())
+    given = dict(cell_type="code", source=["scale = 'smoke'"], metadata=dict(tags=["injected-parameters"]))
+    executed["cells"].insert(3, given)
+    (place / "mine.ipynb").write_text(json.dumps(executed))
+    assert sweep._made_with(place, experiment) == "as asked"
+    mine.write_text(mine.read_text().replace("judge_revival", "judge_otherwise"))
+    assert sweep._made_with(place, experiment) == "notebook changed"
+    table = pd.DataFrame({"to train": [3, 3], "why": ["x" * 300, ""]}, index=["mine", "all"])
+    assert sweep._told(table).endswith("why:\n  mine: " + "x" * 300)
 
 
 def test_makespan_is_that_of_a_schedule():
@@ -576,6 +624,17 @@ def test_two_papers_at_once_do_not_share_a_copy(tmp_path, monkeypatch):
     experiment = sweep.read("exp_revival", scale="smoke", out=str(tmp_path))
     assert sweep._execute(experiment, tmp_path)["failed"] == f"ArithmeticError: first; see {copies[0]}"
     assert copies[0] != copies[1] and copies[0].read_text() == "first"
+    os.utime(copies[0], (0, 0))
+
+    def well(path, copy, given, **_):
+        copy.write_text("third")
+        place = tmp_path / experiment.folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "provenance.json").write_text("{}")
+
+    monkeypatch.setattr(papermill, "execute_notebook", well)
+    assert not sweep._execute(experiment, tmp_path)["failed"]
+    assert not copies[0].exists()  # it has come to its end since
 
 
 def test_a_thousand_finished_runs_are_recognised_in_seconds(tmp_path, monkeypatch):
@@ -690,11 +749,13 @@ runs.train_all(runs.Store("runs"), [run], workers=1, quiet=True)
         return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
 
     store, first = Store(tmp_path / "runs"), begin()
-    while sweep._step(store, run) < 60:
-        assert first.poll() is None
-        time.sleep(1)
-    first.kill()
-    first.wait()
+    try:
+        while store.reached(run) < 60:
+            assert first.poll() is None
+            time.sleep(1)
+    finally:
+        first.kill()
+        first.wait()
     assert begin().wait() == 0
     record = store.meta(run)
     print("seconds measured", record["seconds"], "predicted", predicted)
@@ -886,7 +947,7 @@ def test_runs_of_a_node_that_is_killed_go_on_elsewhere_bit_by_bit(cluster, tmp_p
     store, killed = Store(tmp_path / "runs"), []
 
     def kill():
-        while not all(sweep._step(store, run) for run in wanted):
+        while not all(store.reached(run) for run in wanted):
             time.sleep(0.05)
         killed.extend(run for run in wanted if not store.finished(run))
         made.remove_node(nodes[1], allow_graceful=False)

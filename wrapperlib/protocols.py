@@ -6,7 +6,7 @@
 __all__ = ['FAST', 'SCALES', 'O_PT', 'O_FT', 'WAY_BACK', 'LABELS', 'TASKS', 'LENGTHS', 'PARAMETERS', 'rate_names',
            'FINE_TUNING_PARAMETERS', 'Scale', 'scales_table', 'measure', 'guessing', 'named', 'pretraining',
            'first_steps', 'scratch', 'fine_tuning', 'reverse', 'revival_plan', 'results', 'at_length', 'behavior_plan',
-           'what_it_says', 'estimate', 'seconds_left', 'at_once', 'seconds_of', 'kind', 'pace', 'carry_out',
+           'what_it_says', 'estimate', 'at_best', 'seconds_left', 'at_once', 'seconds_of', 'kind', 'pace', 'carry_out',
            'rate_name', 'rates_of', 'share_list', 'task_family', 'prior_list', 'results_folder']
 
 # %% ../nbs/10_protocols.ipynb #363a0adc
@@ -402,7 +402,18 @@ def estimate(
 ) -> float:
     "Hours that training what is missing will take, from a few measured steps and an evaluation of each kind of run; 0 if nothing is missing."
     missing = [run for run in with_starts(run for _, run in plan) if not store.finished(run)]
-    return sum(seconds_left(store, run, device) for run in missing) / 3600 / at_once(device, workers)
+    return at_best({run: seconds_left(store, run, device) for run in missing}, at_once(device, workers)) / 3600
+
+
+def at_best(
+    seconds: dict[Run, float],  # run → how long it takes, each after the run it starts from
+    at_once: int,  # how many train side by side
+) -> float:
+    "Seconds until all are done, were each as quick as alone: the work divided by all who do it, or the longest chain of runs."
+    chains = {None: 0.0}
+    for run, own in seconds.items():
+        chains[run] = own + chains.get(run.start, 0.0)
+    return max(sum(seconds.values()) / at_once, max(chains.values()))
 
 
 def seconds_left(
@@ -478,8 +489,8 @@ def carry_out(
     "Say the price, train what is missing, and return the results and what `train_all` says of itself."
     wanted = with_starts(run for _, run in plan)
     known = {run: store.verify(run) for run in wanted}  # before anything is paid for
-    if hours := estimate(store, plan, device, workers):
-        print(f"about {_duration(hours)} of training, by a step measured on {device}")
+    if hours := estimate(store, plan, device, 1 if engine else workers):
+        print(f"about {_duration(hours)} of training{' for one worker' if engine else ''}, by a step measured on {device}{' here' if engine else ''}")
     done = train_all(store, wanted, device, workers, engine=engine, known=known)
     return results(store, plan, known), done
 

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -258,7 +259,7 @@ def write_whole(
 ) -> None:
     "Write a file that appears whole or not at all. Raises `NotWritten`; then what was there before is as it was."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{_passing()}")
     with _writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +271,25 @@ def write_whole(
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _passing() -> str:
+    "The end of a name that nobody else gives; it begins with what says which machine gave it."
+    return f"{_machine()}{uuid.uuid4().hex[:8]}"
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+
+
+def _left(path: Path) -> bool:
+    "Whether what is half written was left by a process of this machine, for whoever asks holds the lock; another's may still be at work where locks hold on one machine only, unless it is old."
+    with suppress(OSError):
+        return path.suffix[1:5] == _machine() or time.time() - path.stat().st_mtime > _OLD
+    return False
+
+
+_OLD = 24 * 3600.0  # seconds, longer than anything takes to be written
 
 
 @contextmanager
@@ -416,7 +436,7 @@ class Store:
         record = dict(name=run.name, config=describe(run), sources=sources_of(run), **facts)
         record["files"] = {name: _digest(data, 64) for name, data in contents.items()}
         record["checksum"] = _checksum(record)
-        temporary = self.root / f".{address(run)}.{uuid.uuid4().hex[:8]}"
+        temporary = self.root / f".{address(run)}.{_passing()}"
         try:
             for name, data in (*contents.items(), ("run.json", json.dumps(record, indent=1))):
                 write_whole(temporary / name, data)
@@ -436,9 +456,10 @@ class Store:
         "Remove what processes that were killed left of a run: what is half written, and its checkpoint if it has finished; whoever calls this holds its lock."
         partial = self.partial(run)
         with suppress(OSError):
-            for path in (*partial.parent.glob(f".{partial.name}.*"), *([partial] if self.finished(run) else [])):
+            left = filter(_left, partial.parent.glob(f".{partial.name}.*"))
+            for path in (*left, *([partial] if self.finished(run) else [])):
                 path.unlink(missing_ok=True)
-        for folder in self.root.glob(f".{address(run)}.*"):
+        for folder in filter(_left, self.root.glob(f".{address(run)}.*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def save_partial(
@@ -524,8 +545,8 @@ class _There:
 
     @cached_property
     def _of(self) -> dict[str, list[str]]:
-        "A configuration's digest → folders."
-        return _grouped((name.partition("-")[0], name) for name in sorted(self._names))
+        "A configuration's digest → folders, the newest first."
+        return _grouped((name.partition("-")[0], name) for name in self._names)
 
     def of(self, config: str) -> Iterator[dict]:
         "The records of runs with a configuration of that digest."
@@ -549,6 +570,8 @@ class _There:
 
     def differences(self, ours: object, theirs: object, most: int = 100) -> list[tuple[str, object, object]]:
         "Settings in which two shared configurations differ, at most so many: the name, as `recipe.steps`, and both values."
+        if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            ours, theirs = (dict(zip(map(str, range(len(part))), part)) for part in (ours, theirs))
         if not (isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys()):
             return [("", ours, theirs)] if ours != theirs else []
         found = []
@@ -719,7 +742,7 @@ def _trainee(store: Store, run: Run, resume: Progress | None) -> Trainee:
 @contextmanager
 def _lock(store: Store, run: Run, report):
     "Hold the run's lock, if there are locks; whoever waits for it still reports now and then, and so can be told to stop."
-    lock = FileLock(store._own(store.root / "locks" / f"{address(run)}.lock"))
+    lock = FileLock(store._own(store.root / "locks" / f"{address(run)}.lock"), **_NO_MARKER)
     with _writing(lock.lock_file):
         os.makedirs(store.root / "locks", exist_ok=True)
         while not _acquired(lock):
@@ -731,6 +754,10 @@ def _lock(store: Store, run: Run, report):
         yield
     finally:
         lock.release()
+
+
+# where there are no locks, newer versions would leave a marker instead, on which everybody waits for ever once its owner is killed
+_NO_MARKER = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
 
 
 def _acquired(lock: FileLock) -> bool:
@@ -877,13 +904,17 @@ def train_all(
     runs whenever they were trained, the seconds they took and the devices they were trained on.
 
     Raises `BadInput` before any training if a file in the store cannot be trusted, and the error of a run that fails;
-    runs that had finished by then stay. A run whose numbers become infinite, or whose worker process is killed three times, stops only those
-    that start from it: all others are trained first, then one error, `NotFinite` or `RuntimeError`, names each run that failed and why.
+    runs that had finished by then stay. A run that fails, as its numbers become infinite, its code raises an error or its worker process is killed
+    three times, stops only those that start from it: all others are trained first, then one error, `NotFinite` or `RuntimeError`, names each run
+    that failed and why. Where the store cannot be written, nothing more is begun.
     """
     wanted = with_starts(runs)
     found = {} if known is None else known
     found |= {run: store.verify(run) for run in wanted if run not in found}
     missing = [run for run in wanted if found[run] is None]
+    for run in {*wanted} - {*missing}:  # whoever finished it may have been killed before its checkpoint was removed
+        with suppress(OSError):
+            store.partial(run).unlink(missing_ok=True)
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
@@ -940,7 +971,8 @@ class _Queue:
 
     def fail(self, run: Run, error: Exception) -> None:
         "Note why a run failed, and leave out those that need it."
-        self.failed[run] = error
+        named = isinstance(error, _WITH_NAMES) or (run.name and run.name in str(error))
+        self.failed[run] = error if named else _failure(run, error)
         self.waiting.pop(run, None)
         gone = {run}
         for r in list(self.waiting):  # each stands after the run it starts from
@@ -975,7 +1007,17 @@ class _Queue:
             said = f"{len(errors)} runs failed: {said}"
         if self.left_out:
             said += f"; left out, as they start from there: {', '.join(r.name or address(r) for r in self.left_out)}"
-        raise kind(said)
+        raise kind(said) from errors[0].__cause__
+
+
+_WITH_NAMES = NotFinite, NotWritten, BadInput  # of the run, or of the file
+
+
+def _failure(run: Run, error: Exception) -> RuntimeError:
+    "What a run's own error is told as, with its traceback."
+    said = RuntimeError(f"{run.name or address(run)}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    said.__cause__ = error
+    return said
 
 
 _LOSSES = 3
@@ -997,8 +1039,11 @@ def _train_here(store, missing, device, at_once, line) -> int:
 
         try:
             train_runs(store, group, device, report)
-        except NotFinite as e:  # the others of its group go on without it
-            queue.fail(group[e.which], e)
+        except (BadInput, NotWritten):  # no other run would fare better
+            raise
+        except Exception as e:
+            for run in [group[e.which]] if isinstance(e, NotFinite) else group:  # the others of its group go on without it
+                queue.fail(run, e)
             if line:
                 line.without(queue.gone)
             continue
@@ -1210,11 +1255,13 @@ def _work_off(queue: _Queue, pool, room: int, begin, ended):
             run = jobs.pop(job)
             try:
                 ended(run, *job.result())
-            except NotFinite as e:
-                queue.fail(run, e)
             except BrokenProcessPool:
                 broken = True
                 queue.lose(run)
+            except (BadInput, NotWritten, Stopped):  # no other run would fare better
+                raise
+            except Exception as e:
+                queue.fail(run, e)
         yield jobs
 
 
@@ -1309,13 +1356,30 @@ def _drawn(figures: dict) -> dict[str, bytes]:
 
     contents = {}
     for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            same_bytes = {"Date": None} if kind == "svg" else None
-            with rc_context({"svg.hashsalt": name}):
-                figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=same_bytes)
-            contents[f"{name}.{kind}"] = buffer.getvalue()
+        with _laid_out(figure) as box:
+            for kind in ("png", "svg"):
+                buffer = io.BytesIO()
+                same_bytes = {"Date": None} if kind == "svg" else None
+                with rc_context({"svg.hashsalt": name}):
+                    figure.savefig(buffer, format=kind, dpi=150, bbox_inches=box, metadata=same_bytes)
+                contents[f"{name}.{kind}"] = buffer.getvalue()
     return contents
+
+
+@contextmanager
+def _laid_out(figure):
+    "The box around all that the figure shows; finding places for it takes longer than drawing it, and is done once for both files."
+    from matplotlib import rcParams
+
+    engine = figure.get_layout_engine()
+    if engine:
+        engine.execute(figure)
+    box = figure.get_tightbbox().padded(rcParams["savefig.pad_inches"])
+    figure.set_layout_engine(None)
+    try:
+        yield box
+    finally:
+        figure.set_layout_engine(engine)
 
 
 @contextmanager

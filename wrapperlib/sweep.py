@@ -45,6 +45,7 @@ from .claims import in_short
 from wrapperlib.protocols import (
     PARAMETERS,
     SCALES,
+    at_best,
     at_once,
     carry_out,
     fine_tuning,
@@ -55,7 +56,7 @@ from wrapperlib.protocols import (
     pretraining,
     rate_name,
 )
-from .protocols import results_folder, reverse, scratch, seconds_left, seconds_of, task_family
+from .protocols import results, results_folder, reverse, scratch, seconds_left, seconds_of, task_family
 from .runs import SOURCES, Run, Store, address, cores, peak_memory, train_all, train_run, with_starts
 from .runs import _cost, _library, _Queue
 from .tasks import Curriculum
@@ -193,10 +194,10 @@ def status(
         missing = [r for r in experiment.runs if r not in counted and r not in finished]
         counted |= set(missing)
         there |= finished
-        seconds = sum(seconds_left(store, r, p.device) for r in missing)
+        seconds = at_best({r: seconds_left(store, r, p.device) for r in missing}, at_once(p.device, getattr(p, "workers", 0)))
         why = Counter(store.reasons(missing).values())
         row = {"experiment": str(experiment.folder), "reused": len(experiment.runs) - len(missing)}
-        row |= {"to train": len(missing), "minutes": seconds / 60 / at_once(p.device, getattr(p, "workers", 0))}
+        row |= {"to train": len(missing), "minutes": seconds / 60}
         row |= {"why": experiment.waits or "; ".join(f"{n} × {reason}" for reason, n in why.items())}
         rows.append(row | dict(results=_made_with(Path(out) / experiment.folder, experiment)))
     table = pd.DataFrame(rows).set_index("experiment")
@@ -260,7 +261,23 @@ def _made_with(folder: Path, experiment: Experiment) -> str:
     now = _library(of)
     stale = [name for name in of if sources.get(name) != now.get(name, "")]
     found = [f"made with {', '.join(changed)}"] * bool(changed) + [f"source changed: {', '.join(stale)}"] * bool(stale)
+    found += ["notebook changed"] * _edited(folder, experiment.path)
     return "; ".join(found) or "as asked"
+
+
+def _edited(folder: Path, notebook: Path) -> bool:
+    "Whether the copy that was executed has other code than the notebook has now; without a copy nothing is known."
+    try:
+        return _code(folder / notebook.name) != _code(notebook)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _code(notebook: Path) -> list[str]:
+    "What its cells do, but for the one that papermill puts in."
+    cells = json.loads(notebook.read_text())["cells"]
+    ours = (c for c in cells if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", []))
+    return ["".join(c["source"]) for c in ours]
 
 # %% ../nbs/13_sweep.ipynb #225ac267
 def paper(
@@ -276,6 +293,8 @@ def paper(
 ) -> pd.DataFrame:
     "Execute the experiments. Columns verdicts, minutes, reused (runs), failed (why, and where to look); an engine's training is the first row. Raises `BadInput` before the first one."
     asked = _read_all(experiments, scale, seeds, device, out, workers, data)
+    there = importlib.util.find_spec("papermill")
+    check(there, "papermill", "not installed", "installed, for notebooks are executed by it: pip install '.[dev]'")
     out = writable("out", out)
     rows, known = {}, {}
     if engine:
@@ -365,9 +384,11 @@ def _execute(experiment: Experiment, out: Path) -> dict:
     print(f"=== {experiment.folder}", flush=True)
     try:
         copy = look = _begin_copy(out / "unfinished", "_".join(experiment.folder.parts))
+        made = copy.stat().st_mtime
         execute_notebook(experiment.path, copy, experiment.given, log_output=True, progress_bar=False, start_timeout=600)
         os.replace(copy, place / experiment.path.name)
         look = place
+        _forget(copy, before=made)
         found = _found(place)
     except Exception as e:  # whatever happens in a notebook, the others are to go on
         found = dict(failed=f"{_first_line(e)}; see {look}")
@@ -384,6 +405,15 @@ def _begin_copy(folder: Path, name: str) -> Path:
         with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder
             copy.touch()
     return copy
+
+
+def _forget(copy: Path, before: float) -> None:
+    "Remove what earlier processes left of an experiment that has come to its end since."
+    name = copy.stem.rpartition("-")[0]
+    for left in copy.parent.glob(f"{name}-????????.ipynb"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < before:
+                left.unlink()
 
 
 def _first_line(e: Exception) -> str:
@@ -486,7 +516,8 @@ def _with(run: Run, setting: str, value) -> Run:
     now = {k: v for k, v in now.items() if isinstance(v, (int, float))}
     check(setting in now, "parameter name", setting, ", ".join(now))
     rule = number() if isinstance(now[setting], float) else whole(0, 2**40)
-    return replace(run, **{part: replace(getattr(run, part), **{name: rule(setting, value)})})
+    changed = replace(getattr(run, part), **{name: rule(setting, value)})
+    return replace(run, **{part: changed, "name": f"{run.name}, {setting} {value:g}"})
 
 # %% ../nbs/13_sweep.ipynb #967d24dc
 MOST_POINTS = 100_000  # of a grid
@@ -514,11 +545,23 @@ def grid_plan(
 ) -> list[tuple[dict, Run]]:
     "Labels and runs of a grid; labels are its parameters and those of the experiment's plan. Raises `BadInput` for any point that cannot be."
     check(isinstance(of, str), "of", of, f"an experiment or one of {', '.join(RUNS)}")
+    for name in _NOT_GIVEN:
+        check(not isinstance(grid, dict) or name not in grid, "parameter name", name, "those that decide what a run comes to")
     if of in RUNS:
-        return [(dict(protocol=of) | point, one_run(of, **point)) for point in points(grid)]
-    for name in ("device", "out", "workers"):
-        check(name not in grid, "parameter name", name, "those that decide what a run comes to")
+        plan = [(_labels(of, point), one_run(of, **point)) for point in points(grid)]
+        twice = next((run for run, n in Counter(run for _, run in plan).items() if n > 1), None)
+        same = twice and " and ".join(str(point) for point, run in zip(points(grid), (run for _, run in plan)) if run == twice)
+        check(not twice, "grid", f"one in which {same} are the same run", "different runs")
+        return plan
     return [(point | labels, run) for point in points(grid) for labels, run in _known_plan(of, point)]
+
+
+_NOT_GIVEN = "device", "out", "workers", "of", "notebook", "keep"
+
+
+def _labels(of: str, point: dict) -> dict:
+    "A point with what it leaves as usual, so that tables of several grids can stand below each other."
+    return dict(protocol=of) | {name: _USUAL[name] for name in RUNS[of]} | point
 
 
 def _known_plan(of: str, point: dict) -> list[tuple[dict, Run]]:
@@ -541,6 +584,9 @@ class _Plain(yaml.SafeLoader):
         "A value that is not too long."
         if len(node.value) > _LONGEST:
             problem = f"a value of more than {_LONGEST} characters"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if node.tag.endswith((":int", ":float")) and re.fullmatch(r"[-+]?(0[0-9_]+|.*:.*)", node.value):
+            problem = f"{node.value}, which YAML reads by base 8 or 60; write the number in tens"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_scalar(node)
 
@@ -625,6 +671,10 @@ class Ray:
         ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
         ours = self._connect(ray, workers)
+        for left in store.root.glob(".seen-*"):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _OLD:
+                    left.unlink()
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
         try:
             self._check_nodes(ray.nodes())
@@ -650,7 +700,7 @@ class Ray:
                 _knock(self.address)
                 ray.init(self.address, **quiet)
             else:
-                ray.init(num_cpus=workers or cores(), include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=workers or cores(), include_dashboard=False, **quiet)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as e:  # RayError: no token
             allowed = "a Ray cluster that answers and, if it asks for a token, takes the one that is here"
             raise BadInput(f"address is {self.address!r}; allowed: {allowed} ({_first_line(e)})") from None
@@ -683,6 +733,7 @@ class Ray:
                         if isinstance(e, _Unfit):
                             queue.waiting.clear()
                     if line:
+                        line.without(queue.gone)
                         work.end(run, run not in queue.failed)
                         line.ended(work.done(jobs.values()), f"{run.name}{' failed' if run in queue.failed else ''}")
                 if line:
@@ -695,6 +746,7 @@ class Ray:
 
 
 _RETRIES = 10  # of a run whose worker is lost
+_OLD = 7 * 24 * 3600.0  # seconds, longer than a sweep takes
 
 
 class _Unfit(BadInput):
@@ -808,6 +860,7 @@ def _train_on_node(root: Path, run: Run, expected: str, token: str, device: str,
     try:
         same = "the one the sweep was started with, on all nodes"
         check(address(run) == expected, "wrapperlib", f"another one on {where}", same)
+        runs._keep_memory()
         check(_await(root / token), "store", root, f"a folder that all nodes share; {where} does not see it")
     except BadInput as e:
         raise _Unfit(str(e)) from None
@@ -835,10 +888,11 @@ def plan(
     experiments: Iterable | None = None,  # notebooks and what each is given; None: all that can be read at the scale
     data: str = "",  # of exp_stories, as its notebook has it; nothing: tales, where the scale has them
     gpus: float = 0.0,  # of each run, as in `Ray`: with 0.25 four train on a worker; 0: one does
+    out: str = "outputs",  # folder in which tokens of the stories may lie; not made
 ) -> pd.DataFrame:
     "What an experiment makes of the paper, hours of training on 1, 4 and 16 workers, the memory of a run, GiB, and what is not counted; a row for each, and one for all. Raises `BadInput`."
     share_of_gpu("gpus", gpus)
-    asked = _read_all(experiments, scale, seeds, device, "outputs", 0, data)
+    asked = _read_all(experiments, scale, seeds, device, out, 0, data)
     wanted = {str(e.folder): e.runs for e in asked}
     wanted["all"] = list(dict.fromkeys(r for of in wanted.values() for r in of))
     kinds = measured_kinds(wanted["all"], PARAMETERS["device"]("device", device))
@@ -855,7 +909,7 @@ def plan(
 
 
 NOT_COUNTED = "Not counted: probing, pruning, and what models write and are asked."
-AT_BEST = "Minutes are at best: they are divided by all cores, and two processes on two cores measured 1.6 times one on one machine, 1.9 times on another."
+AT_BEST = "Minutes are at best: work is divided by all cores, as far as runs need not wait for each other, and two processes on two cores measured 1.6 times one on one machine, 1.9 times on another."
 NOT_PLANNED = (
     f"{NOT_COUNTED} "
     "Runs that a GPU would train side by side as one program are priced one by one, so there it is an upper bound; "
@@ -876,7 +930,7 @@ def measured_kinds(
     most = [peak_memory] if device == "cpu" else [torch.cuda.max_memory_allocated, device]
     found = {}
     for name, run in {kind(run): run for run in wanted}.items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), runs._keep_memory) as pool:
             found[name] = pool.submit(pace, run, device).result(), pool.submit(*most).result()
     return found
 
@@ -961,11 +1015,11 @@ def _do(given: dict) -> int:
         why = "it needs --data (make: DATA), hub or a folder" if a.scale == "paper" else "not at this scale"
         print(f"left out at scale {a.scale}: {', '.join(sorted(left_out))}; {why}")
     if a.what == "plan":
-        print(f"{plan(**common, gpus=_plain(a.gpus)).round(3).to_string()}\n\n{NOT_PLANNED}")
+        print(f"{plan(**common, gpus=_plain(a.gpus), out=a.out).round(3).to_string()}\n\n{NOT_PLANNED}")
         return 0
     common |= dict(out=a.out, workers=_plain(a.workers))
     if a.what == "status":
-        print(f"{status(**common).to_string(max_colwidth=120)}\n\n{AT_BEST} {NOT_COUNTED}")
+        print(f"{_told(status(**common))}\n\n{AT_BEST} {NOT_COUNTED}")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if a.what == "grid":
@@ -996,11 +1050,27 @@ def _do_grid(a: argparse.Namespace, engine) -> int:
         for name, value in dict(device=a.device, workers=_plain(a.workers), out=a.out).items()
     }
     began = time.perf_counter()
-    table = sweep(Store(p["out"] / "runs"), of, grid, p["device"], p["workers"], engine)
+    store, failed = Store(p["out"] / "runs"), None
+    try:
+        table = sweep(store, of, grid, p["device"], p["workers"], engine)
+    except (NotFinite, RuntimeError) as e:
+        if not (there := [(labels, run) for labels, run in grid_plan(of, grid) if store.finished(run)]):
+            raise
+        table, failed = results(store, there), e
     about = runs.provenance(dict(of=of, grid=grid), dict(training=time.perf_counter() - began), p["device"])
+    about |= dict(failed=_first_line(failed)) if failed else {}
     for path in runs.publish(p["out"] / "sweeps" / Path(a.file).stem, table, {}, about):
         print(path)
+    if failed:
+        print("the table has what is finished")
+        raise failed
     return 0
+
+
+def _told(table: pd.DataFrame) -> str:
+    "The table with reasons below it, which are longer than a column is wide."
+    reasons = [f"  {name}: {why.replace('; ', '; ' + chr(10) + '    ')}" for name, why in table["why"].items() if why]
+    return "\n".join([table.drop(columns="why").to_string(), *(["", "why:"] if reasons else []), *reasons])
 
 
 def _plain(text: str) -> int | float | str:
