@@ -966,6 +966,25 @@ _PROBING = (
         rests_on=("S9",),
         exploratory="count",
     ),
+    Claim(
+        "S46",
+        "The pretrained model does not give the answer for O_FT, which prior L hardly ever asks for.",
+        "what the model says for O_FT before fine-tuning, prior L",
+        "<=",
+        0.60,
+        lambda t: t.best("pretraining", "says", operand="b", prior="L"),
+        exploratory=True,
+    ),
+    Claim(
+        "C3i",
+        "More can be read than of an answer that was never learned.",
+        f"accuracy of the best probe for O_PT, {_CORRELATED}, η_S − that for O_FT before fine-tuning, prior L",
+        ">=",
+        0.10,
+        lambda t: _best(t) - t.best("pretraining", operand="b", prior="L"),
+        rests_on=("S9", "S46"),
+        exploratory=True,
+    ),
 )
 
 
@@ -1291,6 +1310,9 @@ def _undone_sooner(i: str, whose: str, protocol: str, rate: str) -> Claim:
     )
 
 
+_TAUGHT_B = _TAUGHT | dict(c_tr=0.0)  # the wrong answer is the count of b, and not one more than that of a
+
+
 # of Figs. 28–30
 RANDFT_CLAIMS = (
     Claim(
@@ -1326,6 +1348,27 @@ RANDFT_CLAIMS = (
         lambda t: t.best("randft", prior="L", c_tr=1.0, ft_rate="η_S"),
         "but for L at η_M with a trend as before (Fig. 30)",
     ),
+    Claim(
+        "S47",
+        "randFT without the correlation, whose wrong answer is the count of O_FT, makes the model stop counting O_PT.",
+        "acc_opt after randFT, prior L, C_Tr = 0, η_M",
+        "<=",
+        0.60,
+        lambda t: t.end("randft", "acc_opt", **_TAUGHT_B),
+        exploratory=True,
+    ),
+    Claim(
+        "C10f",
+        "Reverse fine-tuning undoes that, too, sooner than Scr.+FT learns to count, at η_M.",
+        "steps to 0.95 of Scr.+FT / of reFT of randFT, prior L, C_Tr = 0, η_M",
+        ">=",
+        1.5,
+        lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_M"), dict(protocol="reft_randft", rate="η_M", **_TAUGHT_B)),
+        "more sample-efficient (Fig. 28)",
+        ratio=True,
+        rests_on=("S47",),
+        exploratory=True,
+    ),
 )
 
 # %% ../nbs/11_claims.ipynb #64a0c8f0
@@ -1338,8 +1381,8 @@ def _losing(t: OneSeed, prior: str) -> Value:
     return area(curve, t.samples, log=True)
 
 
-def _back(rate: str, prior: str = "L", part: float = 1.0) -> dict:
-    return dict(protocol="reft", prior=prior, c_tr=1.0, ft_rate="η_L", rate=rate, part=part)
+def _back(rate: str, prior: str = "L", part: float = 1.0, c_tr: float = 1.0) -> dict:
+    return dict(protocol="reft", prior=prior, c_tr=c_tr, ft_rate="η_L", rate=rate, part=part)
 
 
 def _revived(t: OneSeed, parts: tuple[float, ...] = (1.0, 0.25, 0.05)) -> Value:
@@ -1421,6 +1464,27 @@ _SWEEPS = (
         _revived,
         "for every length (Fig. 78)",
         rests_on=("S43", "S44"),
+        exploratory=True,
+    ),
+    Claim(
+        "S48",
+        "A large rate takes O_PT away without the correlation, too.",
+        "acc_opt after fine-tuning, prior L, C_Tr = 0, η_L",
+        "<=",
+        0.60,
+        lambda t: t.tuned("acc_opt", "L", "η_L", 0.0, part=1.0),
+        "{η_L 0 acc_opt L}",
+        exploratory=True,
+    ),
+    Claim(
+        "C11g",
+        "Then, too, it comes back sooner than Scr.+FT learns it.",
+        "steps to 0.95 of Scr.+FT / of reFT at η_S, prior L, C_Tr = 0, fine-tuned at η_L",
+        ">=",
+        1.5,
+        lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), _back("η_S", c_tr=0.0)),
+        ratio=True,
+        rests_on=("S27", "S48"),
         exploratory=True,
     ),
 )
