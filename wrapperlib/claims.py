@@ -605,7 +605,7 @@ def asked_since(
 
 
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
-Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory: there it, or what is counted, or what the claim rests on, was written or changed after a run had been seen. Intervals of results that were made before 26 November 2026 are Student's alone: they can pass 0 or 1, and have no width where seeds agree. Why a threshold is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb).
+Every threshold was written down before the run that is judged by it, but where a claim is marked as exploratory: there it, or what is counted, or what the claim rests on, was written or changed after a run had been seen. Intervals of results that were made before 26 November 2026 are Student's alone: they can pass 0 or 1, and have no width where seeds agree. Each interval is that of one claim by itself: among so many verdicts, many of them of the same runs and test strings, a few are wrong by chance. Why a threshold is where it is stands in [claims](../nbs/11_claims.ipynb), of C7 in [compiled runs](../nbs/18_compiled_runs.ipynb), of C8 in [story claims](../nbs/24_story_claims.ipynb).
 The paper's values stand beside ours by the name of the rate. At `desk` names tell the order of rates and not their size: beside the rate of pretraining, its η_S is the paper's η_L ([protocols](../nbs/10_protocols.ipynb))."""
 
 
