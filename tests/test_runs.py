@@ -1,6 +1,7 @@
 "The store: kills, two processes, damaged and foreign files."
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -380,6 +381,43 @@ def test_any_error_of_a_run_names_it_keeps_its_traceback_and_stops_no_other(stor
         train_all(store, [mine, good], workers=workers, quiet=True)
     said = "".join(traceback.format_exception(found.value))
     assert "in batch" in said and store.finished(good) and not store.finished(mine)
+
+
+@pytest.mark.parametrize("late, says", [(2, None), (1000, "do not see the same in the store")])
+def test_processes_that_train_together_wait_until_they_see_the_same(monkeypatch, late, says):
+    looks = []
+
+    def gather(seen, mine):
+        seen[:] = [mine, [0] if len(looks) > late else [0, 1]]
+
+    def look():
+        looks.append(None)
+        return [0]
+
+    monkeypatch.setattr(runs, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(runs.dist, "all_gather_object", gather)
+    if says:
+        with pytest.raises(RuntimeError, match=says):
+            runs._agreed(look, seconds=0)
+    else:
+        assert runs._agreed(look, seconds=0) == [0] and len(looks) == 3
+
+
+def test_checkpoints_that_take_long_are_made_seldom(store, domain, monkeypatch):
+    clock, made = [0.0], []
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
+
+    def slow(self, run, progress, facts):
+        made.append(progress.step)
+        clock[0] += 2.0
+
+    monkeypatch.setattr(Store, "save_partial", slow)
+
+    def report(step):
+        clock[0] += 5.0
+
+    train_runs(store, [a_run(domain, steps=30)], report=report, save_every=0)
+    assert len(made) > 2 and all(b - a == 8 for a, b in itertools.pairwise(made))  # of 40 seconds 2 are for checkpoints
 
 
 def test_what_another_machine_may_still_be_writing_is_left_alone(store, domain, monkeypatch):

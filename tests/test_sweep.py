@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -453,7 +454,7 @@ def test_makespan_is_that_of_a_schedule():
 def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     asked = [("exp_revival", dict(priors="L"))]
     cost = (1.0, 0.0), 2**30
-    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, device: {sweep.kind(r): cost for r in runs})
+    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, device, lacking: {sweep.kind(r): cost for r in runs})
     alone, whole, shared = (sweep.plan("smoke", device="cpu", experiments=asked, gpus=g) for g in (0, 1, 0.25))
     assert shared["hours on 1"].equals(alone["hours on 4"].rename("hours on 1"))
     assert shared["hours on 4"].equals(alone["hours on 16"].rename("hours on 4"))
@@ -466,6 +467,32 @@ def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_
     said = capsys.readouterr().out
     assert "Not counted: probing, pruning" in said and "upper bound" in said
     assert f"{shared.loc['all', 'hours on 1']:.3f}" in said
+
+
+def test_what_cannot_be_measured_is_a_note_and_stops_no_plan():
+    sound, broken = (sweep.one_run("pretraining", scale="smoke", **{"shape.width": w}) for w in (16, 2**22))
+    lacking = {}
+    found = sweep.measured_kinds([broken, sound], "cpu", lacking)
+    assert [*lacking] == [sweep.kind(broken)] and "shape.width 4.1943e+06 cannot be measured here: " in lacking[
+        sweep.kind(broken)
+    ]
+    assert found[sweep.kind(sound)][0][0] > 0 and np.isnan(found[sweep.kind(broken)][0][0])
+    with pytest.raises(RuntimeError, match="memory"):
+        sweep.measured_kinds([broken], "cpu")
+
+
+def test_a_plan_has_no_hours_where_a_kind_is_lacking(monkeypatch):
+    def measured(runs, device, lacking):
+        first = sweep.kind(runs[0])
+        lacking[first] = "it cannot be measured here: MemoryError: none left"
+        return {k: ((np.nan, np.nan) if k == first else (1.0, 0.0), 2**30) for k in map(sweep.kind, runs)}
+
+    monkeypatch.setattr(sweep, "measured_kinds", measured)
+    asked = [("exp_revival", dict(priors="L"))]
+    table = sweep.plan("smoke", device="cpu", experiments=asked)
+    assert table.filter(like="hours").isna().all().all() and set(table["note"]) == {
+        "it cannot be measured here: MemoryError: none left"
+    }
 
 
 def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeypatch):

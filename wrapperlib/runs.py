@@ -672,7 +672,7 @@ def train_runs(
             for run in sorted(runs, key=address):  # everybody in the same order, so that nobody waits in a circle
                 locks.enter_context(_lock(store, run, report))
         _wait_for_all()
-        if missing := [run for run in runs if not store.finished(run)]:
+        if missing := [runs[i] for i in _agreed(lambda: [i for i, run in enumerate(runs) if not store.finished(run)])]:
             try:
                 _train_and_keep(store, missing, device, report, save_every)
             except NotFinite as e:
@@ -682,20 +682,26 @@ def train_runs(
 
 def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_every: float) -> None:
     "Train runs that are not there as one program; whoever calls this has locked them."
+    _agreed(lambda: [store.reached(run) for run in runs])
     found = [store.checkpoint(run) for run in runs]
-    began = time.perf_counter()
+    began, not_before = time.perf_counter(), 0.0
 
     def used(before):
         seconds = round(before.get("seconds", 0) + (time.perf_counter() - began) / len(runs), 2)
         return dict(seconds=seconds, devices=sorted({*before.get("devices", []), device}))
 
     def save(kept):
+        nonlocal not_before
+        if (since := time.perf_counter()) < not_before:
+            return
         for run, progress, (_, before) in zip(runs, kept, found):
             try:
                 store.save_partial(run, progress, used(before))
             except NotWritten:
                 if not store.finished(run):  # as it may be where there are no locks, and another was quicker
                     raise
+        if (took := time.perf_counter() - since) > 1:  # a large model on a slow disk: training is what the time is for
+            not_before = since + took / _FOR_CHECKPOINTS
 
     trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
     first = ranks()[0] == 0
@@ -718,10 +724,27 @@ def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_eve
             raise NotFinite(str(e), k) from None
 
 
+_FOR_CHECKPOINTS = 0.05  # of the time, at most
+
+
 def _wait_for_all() -> None:
     "Until all processes that train together are here."
     if ranks()[1] > 1:
         dist.barrier()
+
+
+def _agreed(look: Callable[[], list], seconds: float = 1.0) -> list:
+    "What all processes that train together see, once it is the same; a shared file system may take a while to show all of them what one has made. Raises `RuntimeError`, in all of them, if it never is."
+    n = ranks()[1]
+    if n == 1:
+        return look()
+    for _ in range(60):
+        mine, seen = look(), [None] * n
+        dist.all_gather_object(seen, mine)
+        if all(each == mine for each in seen):
+            return mine
+        time.sleep(seconds)
+    raise RuntimeError("processes that train together do not see the same in the store; it must be on a file system that shows all of them the same")
 
 
 def program(

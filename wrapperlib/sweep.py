@@ -895,14 +895,19 @@ def plan(
     asked = _read_all(experiments, scale, seeds, device, out, 0, data)
     wanted = {str(e.folder): e.runs for e in asked}
     wanted["all"] = list(dict.fromkeys(r for of in wanted.values() for r in of))
-    kinds = measured_kinds(wanted["all"], PARAMETERS["device"]("device", device))
+    lacking = {}
+    kinds = measured_kinds(wanted["all"], PARAMETERS["device"]("device", device), lacking)
     notes = {str(e.folder): e.waits for e in asked if e.waits}
     figures = {str(e.folder): e.figures for e in asked}
     notes["all"] = "without " + ", ".join(notes) if notes else ""
+    for name, of in wanted.items():
+        why = dict.fromkeys(lacking[kind(run)] for run in of if kind(run) in lacking)
+        notes[name] = "; ".join([*filter(None, [notes.get(name)]), *why])
     rows = {}
     for name, of in wanted.items():
         seconds = {run: seconds_of(run, kinds[kind(run)][0]) for run in of}
-        hours = {f"hours on {n}": makespan(seconds, _runs_at_once(n, gpus)) / 3600 for n in WORKERS}
+        known = not any(map(math.isnan, seconds.values()))
+        hours = {f"hours on {n}": makespan(seconds, _runs_at_once(n, gpus)) / 3600 if known else math.nan for n in WORKERS}
         memory = max((kinds[kind(run)][1] for run in of), default=0) / 2**30
         rows[name] = {"figures": figures.get(name, ""), "runs": len(of)} | hours | {"GiB of a run": memory, "note": notes.get(name, "")}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("experiment")
@@ -925,13 +930,20 @@ def _runs_at_once(workers: int, gpus: float) -> int:
 def measured_kinds(
     wanted: Iterable[Run],  # runs of any kinds
     device: str = "cpu",  # as from `pick_device`
+    lacking: dict | None = None,  # kind of run → why it cannot be measured, as memory may run out; nothing: that is an error
 ) -> dict[tuple, tuple[tuple[float, float], int]]:
-    "Kind of run → its pace, as from `pace`, and the peak memory of a process (or of a GPU) that trains it, in bytes."
+    "Kind of run → its pace, as from `pace`, and the peak memory of a process (or of a GPU) that trains it, in bytes; NaN and 0 where it is lacking."
     most = [peak_memory] if device == "cpu" else [torch.cuda.max_memory_allocated, device]
     found = {}
     for name, run in {kind(run): run for run in wanted}.items():
-        with ProcessPoolExecutor(1, get_context("spawn"), runs._keep_memory) as pool:
-            found[name] = pool.submit(pace, run, device).result(), pool.submit(*most).result()
+        try:
+            with ProcessPoolExecutor(1, get_context("spawn"), runs._keep_memory) as pool:
+                found[name] = pool.submit(pace, run, device).result(), pool.submit(*most).result()
+        except Exception as e:
+            if lacking is None:
+                raise
+            found[name] = (math.nan, math.nan), 0
+            lacking[name] = f"{run.name} cannot be measured here: {_first_line(e)}"
     return found
 
 
