@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from wrapperlib import recipes
 from wrapperlib.checks import BadInput
 from wrapperlib.model import GPT
 from wrapperlib.protocols import FAST, SCALES
@@ -83,6 +84,22 @@ def test_trials_side_by_side_are_those_one_by_one():
     assert list(rows["recipe"].unique()) == ["fast", "paper"]
     alone = pd.concat([trial(*what, **TINY) for what in wanted], ignore_index=True)
     assert rows.drop(columns="seconds").equals(alone.drop(columns="seconds"))
+
+
+def test_trials_that_ended_are_kept_for_whoever_goes_on(tmp_path, monkeypatch):
+    wanted = [("fast", 0, 4), ("paper", 0, 4)]
+    first = trials(wanted[:1], workers=1, keep=tmp_path, **TINY)
+    both = trials(wanted, workers=1, keep=tmp_path, **TINY)
+    assert both[both["recipe"] == "fast"].equals(first)  # its seconds, too
+    assert len(list(tmp_path.iterdir())) == 2
+
+    def fails(*_, **__):
+        raise AssertionError("nothing is tried again")
+
+    monkeypatch.setattr(recipes, "trial", fails)
+    assert trials(wanted, workers=1, keep=tmp_path, **TINY).equals(both)
+    with pytest.raises(AssertionError):
+        trials([("fast", 0, 5)], workers=1, keep=tmp_path, **TINY)
 
 
 def test_no_lever_but_one_touches_the_prior(domain):

@@ -6,12 +6,15 @@
 __all__ = ['LEVERS', 'CAPABILITIES', 'Lever', 'Drawn', 'Growing', 'trial', 'trials', 'arrivals', 'times_as_long', 'quicker']
 
 # %% ../nbs/15_recipes.ipynb #a5cb7078
+import hashlib
 import math
+import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,7 +25,7 @@ from .checks import check
 from .llama import turn
 from .model import GPT, Attention
 from .protocols import FAST, SCALES, Scale, pretraining
-from .runs import Line, side_by_side
+from .runs import SOURCES, Line, cores, side_by_side, source_digests, versions, write_whole
 from .tasks import PRIORS, Natural
 from .training import Measure, Recipe, accuracy, train
 
@@ -204,16 +207,30 @@ def _begin(name: str, lever: Lever, seed: int, steps: int, scale: Scale, prior: 
 def trials(
     wanted: list[tuple[str, int, int]],  # lever, seed, steps; in the order in which they begin
     workers: int = 0,  # processes; 0: one a core
+    keep: Path | None = None,  # folder in which each is kept, and looked for; nothing: they are not
     **options,  # of `trial`
 ) -> pd.DataFrame:
     "The rows of all trials, in that order. Raises `RuntimeError` if a process is killed."
-    line, done, found = Line(sum(steps for _, _, steps in wanted), len(wanted), "trials"), 0, {}
-    for i, rows in side_by_side(partial(trial, **options), wanted, workers, "run again, with fewer workers"):
+    files = [keep and keep / f"{_decided_by(each, options)}.csv" for each in wanted]
+    found = {i: pd.read_csv(file, float_precision="round_trip") for i, file in enumerate(files) if file and file.exists()}
+    new = [i for i in range(len(wanted)) if i not in found]
+    line, done = Line(sum(wanted[i][2] for i in new), len(new), "trials"), 0
+    kept = "trials that have ended are kept, run again to go on" if keep else "run again, with fewer workers"
+    for k, rows in side_by_side(partial(trial, **options), [wanted[i] for i in new], workers, kept):
+        i = new[k]
+        if files[i]:
+            write_whole(files[i], rows.to_csv(index=False))
         name, seed, steps = wanted[i]
         done, found[i] = done + steps, rows
         line.ended(done, f"{name}, seed {seed}")
         line.show(done)
     return pd.concat([found[i] for i in range(len(wanted))], ignore_index=True)
+
+
+def _decided_by(wanted: tuple[str, int, int], options: dict) -> str:
+    "A name for all that a trial's rows, and its seconds, depend on."
+    about = wanted, sorted(options.items()), source_digests((*SOURCES, "recipes", "protocols")), versions("torch", "numpy")
+    return hashlib.sha256(repr((about, platform.node(), platform.processor(), cores())).encode()).hexdigest()[:16]
 
 
 # %% ../nbs/15_recipes.ipynb #4437525c
