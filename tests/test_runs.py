@@ -438,6 +438,60 @@ def test_what_another_machine_may_still_be_writing_is_left_alone(store, domain, 
     assert left == {"here": [False, False], "there": [True, True], "there, long ago": [False, False]}
 
 
+class Odd(Exception):
+    "An error that cannot be made again from its message."
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+@dataclass(frozen=True)
+class Odder(Broken):
+    "Another mistake."
+
+    def batch(self, n, seed, step):
+        raise Odd(1, 2)
+
+
+def test_an_error_that_cannot_travel_is_that_of_its_run(store, domain):
+    run, good = a_run(domain, steps=5, name="mine"), a_run(domain, steps=5, seed=1)
+    with pytest.raises(RuntimeError, match=r"^mine: Odd: 1 and 2"):
+        train_all(store, [replace(run, stream=Odder(domain)), good], workers=2, quiet=True)
+    assert store.finished(good)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_mistake_in_a_program_of_several_runs_is_that_of_one(store, domain, monkeypatch):
+    wanted = [a_run(domain, steps=3, seed=s, name=f"run {s}") for s in range(3)]
+    train, groups = runs.train_runs, []
+
+    def fails(store, group, *others):
+        groups.append(len(group))
+        if wanted[1] in group:
+            raise MemoryError("none left")
+        train(store, group, *others)
+
+    monkeypatch.setattr(runs, "train_runs", fails)
+    with pytest.raises(RuntimeError, match=r"^run 1: MemoryError: none left$"):
+        runs._train_here(store, wanted, "cpu", 8, None)
+    assert groups == [3, 1, 1, 1] and [store.finished(run) for run in wanted] == [True, False, True]
+
+
+def test_what_was_half_written_long_ago_goes(store, domain):
+    run, other = a_run(domain, steps=5), a_run(domain, steps=5, seed=1)
+    train_run(store, run)
+    old, new = (store.partial(other).with_name(f".{store.partial(other).name}.there{k}") for k in (0, 1))
+    folder, token = store.root / f".{address(other)}.there", store.root / ".seen-by-others"
+    old.parent.mkdir(exist_ok=True)
+    folder.mkdir()
+    for path in (old, new, token):
+        path.touch()
+    for path in (old, folder):
+        os.utime(path, (0, 0))
+    train_all(store, [run], workers=1, quiet=True)
+    assert [path.exists() for path in (old, folder, new, token)] == [False, False, True, True]
+
+
 def test_the_checkpoint_of_a_finished_run_does_not_stay(store, domain):
     run = a_run(domain, steps=5)
     train_run(store, run)

@@ -25,7 +25,7 @@ from .checks import check
 from .llama import turn
 from .model import GPT, Attention
 from .protocols import FAST, SCALES, Scale, pretraining
-from .runs import SOURCES, Line, cores, side_by_side, source_digests, versions, write_whole
+from .runs import SOURCES, Line, address, cores, side_by_side, source_digests, versions, write_whole
 from .tasks import PRIORS, Natural
 from .training import Measure, Recipe, accuracy, train
 
@@ -211,7 +211,7 @@ def trials(
     **options,  # of `trial`
 ) -> pd.DataFrame:
     "The rows of all trials, in that order. Raises `RuntimeError` if a process is killed."
-    files = [keep and keep / f"{_decided_by(each, options)}.csv" for each in wanted]
+    files = [keep and keep / f"{_decided_by(each, options, workers)}.csv" for each in wanted]
     found = {i: pd.read_csv(file, float_precision="round_trip") for i, file in enumerate(files) if file and file.exists()}
     new = [i for i in range(len(wanted)) if i not in found]
     line, done = Line(sum(wanted[i][2] for i in new), len(new), "trials"), 0
@@ -227,10 +227,12 @@ def trials(
     return pd.concat([found[i] for i in range(len(wanted))], ignore_index=True)
 
 
-def _decided_by(wanted: tuple[str, int, int], options: dict) -> str:
+def _decided_by(wanted: tuple[str, int, int], options: dict, workers: int) -> str:
     "A name for all that a trial's rows, and its seconds, depend on."
-    about = wanted, sorted(options.items()), source_digests((*SOURCES, "recipes", "protocols")), versions("torch", "numpy")
-    return hashlib.sha256(repr((about, platform.node(), platform.processor(), cores())).encode()).hexdigest()[:16]
+    run = pretraining(options.get("scale", SCALES["desk"]), options.get("prior", "H"))  # its domain with its grammar
+    sources = source_digests((*SOURCES, "recipes", "protocols", "llama")), versions("torch", "numpy")
+    about = wanted, sorted(options.items()), address(run), sources, workers, platform.node(), cores()
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 # %% ../nbs/15_recipes.ipynb #4437525c

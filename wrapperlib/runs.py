@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -462,6 +464,19 @@ class Store:
         for folder in filter(_left, self.root.glob(f".{address(run)}.*")):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def tidy(
+        self,
+        finished: Iterable[Run],  # runs that are there
+    ) -> None:
+        "Remove their checkpoints, for whoever finished them may have been killed before that, and whatever has been half written for so long that nobody writes it any more."
+        for run in finished:
+            with suppress(OSError):
+                self.partial(run).unlink(missing_ok=True)
+        for path in (*self.root.glob(".*-*.*"), *(self.root / "partial").glob(".*.checkpoint.*")):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _OLD:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def save_partial(
         self,
         run: Run,  # the run that goes on
@@ -701,7 +716,7 @@ def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_eve
                 if not store.finished(run):  # as it may be where there are no locks, and another was quicker
                     raise
         if (took := time.perf_counter() - since) > 1:  # a large model on a slow disk: training is what the time is for
-            not_before = since + took / _FOR_CHECKPOINTS
+            not_before = since + min(took / _FOR_CHECKPOINTS, _LONGEST_WITHOUT)
 
     trainees = [_trainee(store, run, resume) for run, (resume, _) in zip(runs, found)]
     first = ranks()[0] == 0
@@ -724,7 +739,7 @@ def _train_and_keep(store: Store, runs: list[Run], device: str, report, save_eve
             raise NotFinite(str(e), k) from None
 
 
-_FOR_CHECKPOINTS = 0.05  # of the time, at most
+_FOR_CHECKPOINTS, _LONGEST_WITHOUT = 0.05, 600.0  # of the time, at most; seconds without one, at most
 
 
 def _wait_for_all() -> None:
@@ -738,7 +753,7 @@ def _agreed(look: Callable[[], list], seconds: float = 1.0) -> list:
     n = ranks()[1]
     if n == 1:
         return look()
-    for _ in range(60):
+    for _ in range(120):
         mine, seen = look(), [None] * n
         dist.all_gather_object(seen, mine)
         if all(each == mine for each in seen):
@@ -935,9 +950,7 @@ def train_all(
     found = {} if known is None else known
     found |= {run: store.verify(run) for run in wanted if run not in found}
     missing = [run for run in wanted if found[run] is None]
-    for run in {*wanted} - {*missing}:  # whoever finished it may have been killed before its checkpoint was removed
-        with suppress(OSError):
-            store.partial(run).unlink(missing_ok=True)
+    store.tidy({*wanted} - {*missing})
     summary = dict(trained=len(missing), reused=len(wanted) - len(missing), worker_memory=0)
     if not quiet:
         print(f"{len(wanted)} runs: {summary['reused']} reused, {summary['trained']} to train")
@@ -994,7 +1007,8 @@ class _Queue:
 
     def fail(self, run: Run, error: Exception) -> None:
         "Note why a run failed, and leave out those that need it."
-        named = isinstance(error, _WITH_NAMES) or (run.name and run.name in str(error))
+        traceback.clear_frames(error.__traceback__)  # else they keep the model, and on a GPU its memory
+        named = isinstance(error, _WITH_NAMES) or str(error).startswith(f"{run.name or address(run)}: ")
         self.failed[run] = error if named else _failure(run, error)
         self.waiting.pop(run, None)
         gone = {run}
@@ -1030,7 +1044,7 @@ class _Queue:
             said = f"{len(errors)} runs failed: {said}"
         if self.left_out:
             said += f"; left out, as they start from there: {', '.join(r.name or address(r) for r in self.left_out)}"
-        raise kind(said) from errors[0].__cause__
+        raise kind(said) from next((e.__cause__ for e in errors if e.__cause__), None)
 
 
 _WITH_NAMES = NotFinite, NotWritten, BadInput  # of the run, or of the file
@@ -1048,9 +1062,9 @@ _LOSSES = 3
 
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    queue, done, shown = _Queue(missing), 0.0, [0.0]
+    queue, done, shown, alone = _Queue(missing), 0.0, [0.0], set()
     while queue.waiting:
-        group = _next_group(store, queue, at_once)
+        group = _next_group(store, queue, at_once, alone)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
         if line:
             line.given |= {run: _cost(run) * store.reached(run) / run.recipe.steps for run in group}
@@ -1065,8 +1079,10 @@ def _train_here(store, missing, device, at_once, line) -> int:
         except (BadInput, NotWritten):  # no other run would fare better
             raise
         except Exception as e:
-            for run in [group[e.which]] if isinstance(e, NotFinite) else group:  # the others of its group go on without it
-                queue.fail(run, e)
+            if len(group) > 1 and not isinstance(e, NotFinite):
+                alone.update(group)  # whose mistake it is shows when each is trained by itself
+                continue
+            queue.fail(group[getattr(e, "which", 0)], e)  # the others of its group go on without it
             if line:
                 line.without(queue.gone)
             continue
@@ -1080,12 +1096,12 @@ def _train_here(store, missing, device, at_once, line) -> int:
     return 0
 
 
-def _next_group(store, queue: _Queue, at_once: int) -> list[Run]:
+def _next_group(store, queue: _Queue, at_once: int, alone: set[Run]) -> list[Run]:
     "Runs that could begin now and be one program; the first the one with the longest chain of work behind it."
     free = queue.free()
     first = next(free)
-    same = program(store, first)
-    return [first, *itertools.islice((r for r in free if program(store, r) == same), at_once - 1)]
+    same, room = program(store, first), 0 if first in alone else at_once - 1
+    return [first, *itertools.islice((r for r in free if r not in alone and program(store, r) == same), room)]
 
 # %% ../nbs/04_runs.ipynb #35752181
 class Stopped(RuntimeError):
@@ -1137,8 +1153,20 @@ def _train_in_worker(root: Path, run: Run, expected: str, key: int, device: str)
             raise Stopped(run.name)
         _worker["steps"][key] = max(step, _worker["steps"][key])
 
-    train_run(Store(root), run, device, report)
+    try:
+        train_run(Store(root), run, device, report)
+    except Exception as e:
+        if _travels(e):
+            raise
+        raise _failure(run, e) from None  # else all workers would be lost with it
     return os.getpid(), peak_memory()
+
+
+def _travels(error: Exception) -> bool:
+    "Whether an error can be sent to another process; one that asks for arguments of its own cannot."
+    with suppress(Exception):
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    return False
 
 
 def _pace(run: Run, steps: int, place: int = 0, n: int = 1) -> float:
@@ -1277,7 +1305,7 @@ def _work_off(queue: _Queue, pool, room: int, begin, ended):
         for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED)[0]:
             run = jobs.pop(job)
             try:
-                ended(run, *job.result())
+                process, peak = job.result()
             except BrokenProcessPool:
                 broken = True
                 queue.lose(run)
@@ -1285,6 +1313,8 @@ def _work_off(queue: _Queue, pool, room: int, begin, ended):
                 raise
             except Exception as e:
                 queue.fail(run, e)
+            else:
+                ended(run, process, peak)
         yield jobs
 
 

@@ -412,8 +412,11 @@ def _forget(copy: Path, before: float) -> None:
     name = copy.stem.rpartition("-")[0]
     for left in copy.parent.glob(f"{name}-????????.ipynb"):
         with contextlib.suppress(OSError):
-            if left.stat().st_mtime < before:
+            if left.stat().st_mtime < before - _LIVE:
                 left.unlink()
+
+
+_LIVE = 24 * 3600.0  # seconds; a copy that was written since may be of another process that is in a long cell
 
 
 def _first_line(e: Exception) -> str:
@@ -517,7 +520,7 @@ def _with(run: Run, setting: str, value) -> Run:
     check(setting in now, "parameter name", setting, ", ".join(now))
     rule = number() if isinstance(now[setting], float) else whole(0, 2**40)
     changed = replace(getattr(run, part), **{name: rule(setting, value)})
-    return replace(run, **{part: changed, "name": f"{run.name}, {setting} {value:g}"})
+    return replace(run, **{part: changed, "name": f"{run.name}, {setting} {value!r}"})
 
 # %% ../nbs/13_sweep.ipynb #967d24dc
 MOST_POINTS = 100_000  # of a grid
@@ -717,9 +720,12 @@ class Ray:
     def _train(self, ray, store, missing, token, line) -> int:
         task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=_RETRIES)(_train_on_node)
         device = "cuda" if self.gpus else "cpu"
-        queue, jobs, peaks, work = _Queue(missing), {}, {}, _Work(store)
+        queue, jobs, peaks, work, touched = _Queue(missing), {}, {}, _Work(store), time.monotonic()
         try:
             while queue.waiting or jobs:
+                if time.monotonic() - touched > _OLD / 100:
+                    (store.root / token).touch()
+                    touched = time.monotonic()
                 for run in queue.ready([*jobs.values()], len(missing)):
                     del queue.waiting[run]
                     jobs[task.remote(store.root, run, address(run), token, device, self.save_every)] = run
@@ -746,7 +752,7 @@ class Ray:
 
 
 _RETRIES = 10  # of a run whose worker is lost
-_OLD = 7 * 24 * 3600.0  # seconds, longer than a sweep takes
+_OLD = 7 * 24 * 3600.0  # seconds; a token that was not touched for so long is of a sweep that was killed
 
 
 class _Unfit(BadInput):
@@ -760,7 +766,7 @@ def together(
     workers: int,  # not used: `torchrun` has started the processes
     line: object | None,  # of progress
 ) -> int:
-    "An engine under `torchrun`: all its processes train one run together, then the next; what fails is left out as in `train_all`. Returns a process's peak memory in bytes."
+    "An engine under `torchrun`: all its processes train one run together, then the next. A run whose numbers become infinite is left out as in `train_all`; any other error ends them all. Returns a process's peak memory in bytes."
     check("RANK" in os.environ, "engine", "together", "local, or start it by torchrun")
     if device != "cpu":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -908,7 +914,7 @@ def plan(
         seconds = {run: seconds_of(run, kinds[kind(run)][0]) for run in of}
         known = not any(map(math.isnan, seconds.values()))
         hours = {f"hours on {n}": makespan(seconds, _runs_at_once(n, gpus)) / 3600 if known else math.nan for n in WORKERS}
-        memory = max((kinds[kind(run)][1] for run in of), default=0) / 2**30
+        memory = max((kinds[kind(run)][1] for run in of), default=0) / 2**30 if known else math.nan
         rows[name] = {"figures": figures.get(name, ""), "runs": len(of)} | hours | {"GiB of a run": memory, "note": notes.get(name, "")}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("experiment")
 
