@@ -469,7 +469,7 @@ def test_a_plan_knows_how_many_runs_share_a_gpu_and_says_what_it_leaves_out(tmp_
     assert f"{shared.loc['all', 'hours on 1']:.3f}" in said
 
 
-def test_what_cannot_be_measured_is_a_note_and_stops_no_plan():
+def test_what_cannot_be_measured_is_a_note_and_stops_no_plan(capsys):
     sound, broken = (sweep.one_run("pretraining", scale="smoke", **{"shape.width": w}) for w in (16, 2**22))
     lacking = {}
     found = sweep.measured_kinds([broken, sound], "cpu", lacking)
@@ -477,6 +477,7 @@ def test_what_cannot_be_measured_is_a_note_and_stops_no_plan():
         sweep.kind(broken)
     ]
     assert found[sweep.kind(sound)][0][0] > 0 and np.isnan(found[sweep.kind(broken)][0][0])
+    assert "2 of 2 kinds of runs measured" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="memory"):
         sweep.measured_kinds([broken], "cpu")
 

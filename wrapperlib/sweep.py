@@ -306,7 +306,8 @@ def paper(
             break
         name = str(experiment.folder)
         said = known.get(name, {})
-        rows[name] = said if said.get("failed") else _execute(experiment, out) | said
+        rows[name] = row = said if said.get("failed") else _execute(experiment, out) | said
+        print(f"    {row['failed'] or row['verdicts']} · {row['minutes']:.1f} minutes", flush=True)  # the table comes at the end
     return pd.DataFrame(rows).T.rename_axis("experiment").astype(dict(minutes=float)).round(dict(minutes=1))
 
 
@@ -940,8 +941,9 @@ def measured_kinds(
 ) -> dict[tuple, tuple[tuple[float, float], int]]:
     "Kind of run → its pace, as from `pace`, and the peak memory of a process (or of a GPU) that trains it, in bytes; NaN and 0 where it is lacking."
     most = [peak_memory] if device == "cpu" else [torch.cuda.max_memory_allocated, device]
-    found = {}
-    for name, run in {kind(run): run for run in wanted}.items():
+    kinds, found = {kind(run): run for run in wanted}, {}
+    line = runs.Line(len(kinds), len(kinds), "kinds of runs measured")
+    for name, run in kinds.items():
         try:
             with ProcessPoolExecutor(1, get_context("spawn"), runs._keep_memory) as pool:
                 found[name] = pool.submit(pace, run, device).result(), pool.submit(*most).result()
@@ -950,6 +952,7 @@ def measured_kinds(
                 raise
             found[name] = (math.nan, math.nan), 0
             lacking[name] = f"{run.name} cannot be measured here: {_first_line(e)}"
+        line.ended(len(found), run.name)
     return found
 
 
