@@ -991,6 +991,7 @@ class _Queue:
         chains = _chains(missing)
         self.waiting = dict.fromkeys(sorted(missing, key=lambda r: -chains[r]))  # in order, and found at once
         self.failed, self.left_out, self.lost = {}, [], Counter()
+        self.alone = set()  # what is not to be a part of a larger program
 
     def free(self, busy: Iterable[Run] = ()) -> Iterator[Run]:
         "Runs that could begin while others are busy; no more of them are looked for than are asked for."
@@ -1062,9 +1063,9 @@ _LOSSES = 3
 
 def _train_here(store, missing, device, at_once, line) -> int:
     "In this process, on a GPU up to `at_once` runs as one program."
-    queue, done, shown, alone = _Queue(missing), 0.0, [0.0], set()
+    queue, done, shown = _Queue(missing), 0.0, [0.0]
     while queue.waiting:
-        group = _next_group(store, queue, at_once, alone)
+        group = _next_group(store, queue, at_once)
         cost, names = sum(map(_cost, group)), ", ".join(run.name for run in group)
         if line:
             line.given |= {run: _cost(run) * store.reached(run) / run.recipe.steps for run in group}
@@ -1080,7 +1081,7 @@ def _train_here(store, missing, device, at_once, line) -> int:
             raise
         except Exception as e:
             if len(group) > 1 and not isinstance(e, NotFinite):
-                alone.update(group)  # whose mistake it is shows when each is trained by itself
+                queue.alone.update(group)  # whose mistake it is shows when each is trained by itself
                 continue
             queue.fail(group[getattr(e, "which", 0)], e)  # the others of its group go on without it
             if line:
@@ -1096,12 +1097,12 @@ def _train_here(store, missing, device, at_once, line) -> int:
     return 0
 
 
-def _next_group(store, queue: _Queue, at_once: int, alone: set[Run]) -> list[Run]:
+def _next_group(store, queue: _Queue, at_once: int) -> list[Run]:
     "Runs that could begin now and be one program; the first the one with the longest chain of work behind it."
     free = queue.free()
     first = next(free)
-    same, room = program(store, first), 0 if first in alone else at_once - 1
-    return [first, *itertools.islice((r for r in free if r not in alone and program(store, r) == same), room)]
+    same, room = program(store, first), 0 if first in queue.alone else at_once - 1
+    return [first, *itertools.islice((r for r in free if r not in queue.alone and program(store, r) == same), room)]
 
 # %% ../nbs/04_runs.ipynb #35752181
 class Stopped(RuntimeError):
