@@ -1425,7 +1425,8 @@ def _laid_out(figure):
     "The box around all that the figure shows; finding places for it takes longer than drawing it, and is done once for both files."
     from matplotlib import rcParams
 
-    engine = figure.get_layout_engine()
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    figure.dpi = 150  # as it is saved: letters are not as wide at every resolution
     if engine:
         engine.execute(figure)
     box = figure.get_tightbbox().padded(rcParams["savefig.pad_inches"])
@@ -1434,6 +1435,7 @@ def _laid_out(figure):
         yield box
     finally:
         figure.set_layout_engine(engine)
+        figure.dpi = dpi
 
 
 @contextmanager
