@@ -385,11 +385,10 @@ def _execute(experiment: Experiment, out: Path) -> dict:
     print(f"=== {experiment.folder}", flush=True)
     try:
         copy = look = _begin_copy(out / "unfinished", "_".join(experiment.folder.parts))
-        made = copy.stat().st_mtime
         execute_notebook(experiment.path, copy, experiment.given, log_output=True, progress_bar=False, start_timeout=600)
         os.replace(copy, place / experiment.path.name)
         look = place
-        _forget(copy, before=made)
+        runs.remove_old(copy.parent.glob(f"{copy.stem.rpartition('-')[0]}-????????.ipynb"))  # of earlier failures
         found = _found(place)
     except Exception as e:  # whatever happens in a notebook, the others are to go on
         found = dict(failed=f"{_first_line(e)}; see {look}")
@@ -406,18 +405,6 @@ def _begin_copy(folder: Path, name: str) -> Path:
         with contextlib.suppress(FileNotFoundError):  # another process has just removed the empty folder
             copy.touch()
     return copy
-
-
-def _forget(copy: Path, before: float) -> None:
-    "Remove what earlier processes left of an experiment that has come to its end since."
-    name = copy.stem.rpartition("-")[0]
-    for left in copy.parent.glob(f"{name}-????????.ipynb"):
-        with contextlib.suppress(OSError):
-            if left.stat().st_mtime < before - _LIVE:
-                left.unlink()
-
-
-_LIVE = 24 * 3600.0  # seconds; a copy that was written since may be of another process that is in a long cell
 
 
 def _first_line(e: Exception) -> str:
@@ -552,11 +539,12 @@ def grid_plan(
     for name in _NOT_GIVEN:
         check(not isinstance(grid, dict) or name not in grid, "parameter name", name, "those that decide what a run comes to")
     if of in RUNS:
-        plan = [(_labels(of, point), one_run(of, **point)) for point in points(grid)]
-        twice = next((run for run, n in Counter(run for _, run in plan).items() if n > 1), None)
-        same = twice and " and ".join(str(point) for point, run in zip(points(grid), (run for _, run in plan)) if run == twice)
-        check(not twice, "grid", f"one in which {same} are the same run", "different runs")
-        return plan
+        seen = {}
+        for point in points(grid):
+            run = one_run(of, **point)
+            check(run not in seen, "grid", f"one in which {seen.get(run)} and {point} are the same run", "different runs")
+            seen[run] = point
+        return [(_labels(of, point), run) for run, point in seen.items()]
     return [(point | labels, run) for point in points(grid) for labels, run in _known_plan(of, point)]
 
 
@@ -675,10 +663,7 @@ class Ray:
         ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
         ours = self._connect(ray, workers)
-        for left in store.root.glob(".seen-*"):  # by a process that was killed
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > _OLD:
-                    left.unlink()
+        runs.remove_old(store.root.glob(".seen-*"))
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
         try:
             self._check_nodes(ray.nodes())
@@ -724,7 +709,7 @@ class Ray:
         queue, jobs, peaks, work, touched = _Queue(missing), {}, {}, _Work(store), time.monotonic()
         try:
             while queue.waiting or jobs:
-                if time.monotonic() - touched > _OLD / 100:
+                if time.monotonic() - touched > _TOUCH_EVERY:
                     (store.root / token).touch()
                     touched = time.monotonic()
                 for run in queue.ready([*jobs.values()], len(missing)):
@@ -753,7 +738,7 @@ class Ray:
 
 
 _RETRIES = 10  # of a run whose worker is lost
-_OLD = 7 * 24 * 3600.0  # seconds; a token that was not touched for so long is of a sweep that was killed
+_TOUCH_EVERY = 600  # seconds; a token that is not touched for a day is of a sweep that was killed
 
 
 class _Unfit(BadInput):
@@ -828,9 +813,7 @@ def _outcome(ray, job, run: Run) -> dict[str, int]:
     try:
         return ray.get(job)
     except ray.exceptions.RayTaskError as e:
-        if isinstance(e.cause, BadInput) or run.name in str(e.cause):
-            raise e.cause from None
-        raise RuntimeError(f"{run.name}: {_first_line(e.cause)}") from None
+        raise e.cause from None
     except ray.exceptions.RayError as e:
         lost = ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError
         what = f"its workers were lost more than {_RETRIES} times" if isinstance(e, lost) else "Ray gave it up"
@@ -867,10 +850,10 @@ def _train_on_node(root: Path, run: Run, expected: str, token: str, device: str,
     try:
         same = "the one the sweep was started with, on all nodes"
         check(address(run) == expected, "wrapperlib", f"another one on {where}", same)
-        runs._keep_memory()
         check(_await(root / token), "store", root, f"a folder that all nodes share; {where} does not see it")
     except BadInput as e:
         raise _Unfit(str(e)) from None
+    runs._keep_memory()
     if run.start:
         _await(Store(root).path(run.start))
     train_run(Store(root), run, device, save_every=save_every)
@@ -1065,7 +1048,7 @@ def _do_train(a: argparse.Namespace, common: dict) -> int:
 def _do_grid(a: argparse.Namespace, engine) -> int:
     "Train the grid of a file; its table lies in the folder of results under sweeps/ and the file's name."
     of, grid = load_grid(a.file)
-    grid_plan(of, grid)  # refused before a folder is made
+    asked = grid_plan(of, grid)  # refused before a folder is made
     p = {
         name: PARAMETERS[name](name, value)
         for name, value in dict(device=a.device, workers=_plain(a.workers), out=a.out).items()
@@ -1075,7 +1058,7 @@ def _do_grid(a: argparse.Namespace, engine) -> int:
     try:
         table = sweep(store, of, grid, p["device"], p["workers"], engine)
     except (NotFinite, RuntimeError) as e:
-        if not (there := [(labels, run) for labels, run in grid_plan(of, grid) if store.finished(run)]):
+        if not (there := [(labels, run) for labels, run in asked if store.finished(run)]):
             raise
         table, failed = results(store, there), e
     about = runs.provenance(dict(of=of, grid=grid), dict(training=time.perf_counter() - began), p["device"])
