@@ -8,6 +8,8 @@ import pytest
 
 # Before torch, and for every process that a test starts: there are as many as cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Figures are in their files; that a kernel draws them for the executed copy, too, costs as much again.
+os.environ["MPLBACKEND"] = "agg"
 
 import torch
 
@@ -21,15 +23,18 @@ REPO = pathlib.Path(__file__).parent.parent
 PATIENCE = ("--start-timeout", "600")  # a kernel starts slowly on a machine that is busy
 
 
-def papermill(folder, name, *arguments):
-    "Execute an experiment in another folder."
+def papermill(folder, name, *arguments, shown=False):
+    "Execute a notebook in another folder, with its figures in the executed copy if they are to be `shown` there."
     notebook = str(REPO / "nbs" / f"{name}.ipynb")
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    if shown:
+        del environment["MPLBACKEND"]
     return subprocess.run(
         [sys.executable, "-m", "papermill", notebook, f"{name}.ipynb", "--no-progress-bar", *PATIENCE, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=environment,
     )
 
 

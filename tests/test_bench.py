@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import PATIENCE, REPO
+from tests.conftest import REPO, papermill
 from wrapperlib import bench, protocols
 from wrapperlib.checks import BadInput
 from wrapperlib.training import FINE_TUNING, Recipe, loss_of, train
@@ -180,14 +178,7 @@ def test_the_benchmark_leaves_its_table(name, tmp_path):
     parameters, figures, peers, length = TINY[name]
     for peer in peers:
         pytest.importorskip(peer)
-    given = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
-    notebook = str(REPO / "nbs" / f"{name}.ipynb")
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", notebook, "out.ipynb", "--no-progress-bar", *PATIENCE, *given],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = papermill(tmp_path, name, *(x for k, v in parameters.items() for x in ("-p", k, str(v))))
     assert done.returncode == 0, done.stderr[-2000:]
     place = tmp_path / "outputs" / name
     table = pd.read_csv(place / "results.csv")

@@ -1,6 +1,7 @@
 "The experiment as a user runs it: papermill, from another folder, with good and bad parameters."
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,25 +9,17 @@ import pandas as pd
 import pytest
 from papermill.cli import _resolve_type  # what the command line makes of a value
 
-from tests.conftest import PATIENCE, REPO, refusal
+from tests.conftest import REPO, papermill, refusal
 from wrapperlib.claims import REVIVAL_CLAIMS
 
 NOTEBOOK = REPO / "nbs" / "exp_revival.ipynb"
-
-
-def papermill(folder, *arguments, output="executed.ipynb"):
-    return subprocess.run(
-        [sys.executable, "-m", "papermill", str(NOTEBOOK), output, "--no-progress-bar", *PATIENCE, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+SMOKE = ("-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("somewhere else")
-    done = papermill(folder, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
+    done = papermill(folder, "exp_revival", *SMOKE, shown=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -43,6 +36,8 @@ def test_results_are_where_they_belong(smoke):
         "steps.png",
         "steps.svg",
     }
+    executed = json.loads((smoke / "exp_revival.ipynb").read_text())["cells"]
+    assert sum("image/png" in o.get("data", {}) for cell in executed for o in cell.get("outputs", ())) == 2
     table = pd.read_csv(place / "results.csv")
     assert list(table.columns) == [
         "protocol",
@@ -91,7 +86,7 @@ def test_claims_have_all_their_parts(smoke):
 def test_a_second_run_trains_nothing_and_finds_the_same(smoke):
     place = smoke / "outputs" / "exp_revival" / "smoke"
     before = {name: (place / name).read_bytes() for name in ("results.csv", "claims.json", "revival.png", "steps.png")}
-    done = papermill(smoke, "-p", "scale", "smoke", "-p", "seeds", "2", "-p", "workers", "2")
+    done = papermill(smoke, "exp_revival", *SMOKE)
     assert done.returncode == 0
     assert json.loads((place / "provenance.json").read_text())["training"]["trained"] == 0
     assert before == {name: (place / name).read_bytes() for name in before}
@@ -131,7 +126,7 @@ def test_bad_parameters_are_refused_in_one_sentence(tmp_path, arguments, says, m
 @pytest.mark.parametrize("arguments, says", BAD[::7], ids=[" ".join(a) for a, _ in BAD[::7]])
 def test_which_ends_papermill_at_once(tmp_path, arguments, says):
     (tmp_path / "a_file").write_text("mine")
-    done = papermill(tmp_path, *arguments)
+    done = papermill(tmp_path, "exp_revival", *arguments)
     assert done.returncode != 0
     assert says in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr.split("BadInput", 1)[1]
@@ -139,17 +134,18 @@ def test_which_ends_papermill_at_once(tmp_path, arguments, says):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_damaged_store_ends_it_before_training_and_is_left_alone(tmp_path):
+def test_a_damaged_store_ends_it_before_training_and_is_left_alone(smoke, tmp_path):
+    shutil.copytree(smoke / "outputs", tmp_path / "outputs")
     place = tmp_path / "outputs" / "exp_revival" / "smoke"
-    assert papermill(tmp_path, "-p", "scale", "smoke", "-p", "priors", "L").returncode == 0
     weights = next((tmp_path / "outputs" / "runs").glob("*-*/weights.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     before = {p: p.read_bytes() for p in (weights, place / "results.csv", place / "claims.json")}
-    done = papermill(tmp_path, "-p", "scale", "smoke", "-p", "priors", "L M")
-    assert (
-        done.returncode != 0 and "BadInput: file in the store is" in done.stderr and "remove its folder" in done.stderr
-    )
+    runs = {*(tmp_path / "outputs" / "runs").glob("*-*")}
+    done = papermill(tmp_path, "exp_revival", *SMOKE, "-p", "seeds", "3")
+    assert done.returncode != 0
+    assert "BadInput: file in the store is" in done.stderr and "remove its folder" in done.stderr
     assert before == {p: p.read_bytes() for p in before}
+    assert runs == {*(tmp_path / "outputs" / "runs").glob("*-*")}
 
 
 def test_help_shows_every_parameter_with_type_and_meaning(tmp_path):
