@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'FILES', 'Run', 'with_starts', 'describe', 'source_digests', 'sources_of', 'address', 'write_whole',
-           'remove_old', 'seal', 'read_sealed', 'Store', 'train_run', 'train_runs', 'program', 'now', 'versions',
-           'Line', 'cores', 'train_all', 'Stopped', 'gently', 'side_by_side', 'peak_memory', 'commit', 'provenance',
-           'publish', 'check_results']
+           'remove_left', 'seal', 'read_sealed', 'Store', 'train_run', 'train_runs', 'program', 'locked', 'now',
+           'versions', 'Line', 'cores', 'train_all', 'Stopped', 'gently', 'side_by_side', 'peak_memory', 'commit',
+           'provenance', 'publish', 'check_results']
 
 # %% ../nbs/04_runs.ipynb #b1c231df
 import ast
@@ -284,25 +284,15 @@ def _machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 
 
-def _left(path: Path) -> bool:
-    "Whether what is half written was left by a process of this machine, for whoever asks holds the lock; another's may still be at work where locks hold on one machine only, unless it is old."
-    return path.suffix[1:5] == _machine() or _old(path)
-
-
-def _old(path: Path) -> bool:
-    "Whether it is there and was not touched for longer than anything takes to be written."
-    with suppress(OSError):
-        return time.time() - path.stat().st_mtime > 24 * 3600
-    return False
-
-
-def remove_old(
+def remove_left(
     paths: Iterable[Path],  # files and folders that processes leave if they are killed
+    held: bool = False,  # whoever calls this holds the lock of those who write them
 ) -> None:
-    "Remove those that nobody has touched for a day."
-    for path in filter(_old, paths):
+    "Remove those that nobody writes any more: of this machine, if the lock is held; of any, if they were not touched for a day, for where locks hold on one machine only another's may still be at work."
+    for path in paths:
         with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if (held and path.suffix[1:5] == _machine()) or time.time() - path.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -468,12 +458,10 @@ class Store:
     def _clear(self, run: Run) -> None:
         "Remove what processes that were killed left of a run: what is half written, and its checkpoint if it has finished; whoever calls this holds its lock."
         partial = self.partial(run)
+        remove_left([*partial.parent.glob(f".{partial.name}.*"), *self.root.glob(f".{address(run)}.*")], held=True)
         with suppress(OSError):
-            left = filter(_left, partial.parent.glob(f".{partial.name}.*"))
-            for path in (*left, *([partial] if self.finished(run) else [])):
-                path.unlink(missing_ok=True)
-        for folder in filter(_left, self.root.glob(f".{address(run)}.*")):
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.finished(run):
+                partial.unlink(missing_ok=True)
 
     def tidy(
         self,
@@ -483,7 +471,7 @@ class Store:
         for run in finished:
             with suppress(OSError):
                 self.partial(run).unlink(missing_ok=True)
-        remove_old([*self.root.glob(".*-*.*"), *(self.root / "partial").glob(".*.checkpoint.*")])
+        remove_left([*self.root.glob(".*-*.*"), *(self.root / "partial").glob(".*.checkpoint.*")])
 
     def save_partial(
         self,
@@ -796,17 +784,27 @@ def _trainee(store: Store, run: Run, resume: Progress | None) -> Trainee:
 
 @contextmanager
 def _lock(store: Store, run: Run, report):
-    "Hold the run's lock, if there are locks; whoever waits for it still reports now and then, and so can be told to stop."
-    lock = FileLock(store._own(store.root / "locks" / f"{address(run)}.lock"), **_NO_MARKER)
-    with _writing(lock.lock_file):
-        os.makedirs(store.root / "locks", exist_ok=True)
-        while not _acquired(lock):
-            if report:
-                report(0)
-    if lock.is_locked:
-        store._clear(run)
-    try:
+    "Hold the run's lock; whoever waits for it still reports now and then, and so can be told to stop."
+    with locked(store._own(store.root / "locks" / f"{address(run)}.lock"), report and (lambda: report(0))) as held:
+        if held:
+            store._clear(run)
         yield
+
+
+@contextmanager
+def locked(
+    path: Path,  # a file that stays; its folder is made if it is not there
+    waiting: Callable[[], None] | None = None,  # called now and then while another process holds the lock
+) -> Iterator[bool]:
+    "Hold a lock of processes, and know whether it is held: some file systems have none. Raises `NotWritten`."
+    lock = FileLock(path, **_NO_MARKER)
+    with _writing(lock.lock_file):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        while not _acquired(lock):
+            if waiting:
+                waiting()
+    try:
+        yield lock.is_locked
     finally:
         lock.release()
 

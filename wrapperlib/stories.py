@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from .checks import BadInput, check
-from .runs import write_whole
+from .runs import locked, remove_left, write_whole
 from .tasks import _rng
 
 if TYPE_CHECKING:
@@ -297,8 +296,8 @@ def write_shards(
     "Tokenise what is not there yet. Raises `BadInput` for a folder begun with another source, tokenizer or variant."
     check(variant in VARIANTS, "variant", variant, "one of " + ", ".join(VARIANTS))
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # of two who want the same, one waits and finds it done
+    with locked(folder / "lock") as held:  # of two who want the same, one waits and finds it done
+        remove_left(folder.glob(".*"), held)
         return _write_shards(folder, source, name, tokenizer, variant, per_shard)
 
 
@@ -318,8 +317,6 @@ def _write_shards(folder: Path, source, name: str, tokenizer, variant: str, per_
     )
     if (folder / "shards.json").exists():
         return Shards.load(folder)
-    for left in folder.glob(".*"):  # half written by a process that was killed
-        left.unlink()
     counts = Counter()
     waiting = islice(source(counts), begun["read"], None)
     while read := list(islice(waiting, per_shard)):

@@ -388,7 +388,7 @@ def _execute(experiment: Experiment, out: Path) -> dict:
         execute_notebook(experiment.path, copy, experiment.given, log_output=True, progress_bar=False, start_timeout=600)
         os.replace(copy, place / experiment.path.name)
         look = place
-        runs.remove_old(copy.parent.glob(f"{copy.stem.rpartition('-')[0]}-????????.ipynb"))  # of earlier failures
+        runs.remove_left(copy.parent.glob(f"{copy.stem.rpartition('-')[0]}-????????.ipynb"))  # of earlier failures
         found = _found(place)
     except Exception as e:  # whatever happens in a notebook, the others are to go on
         found = dict(failed=f"{_first_line(e)}; see {look}")
@@ -663,7 +663,7 @@ class Ray:
         ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
         ours = self._connect(ray, workers)
-        runs.remove_old(store.root.glob(".seen-*"))
+        runs.remove_left(store.root.glob(".seen-*"))
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
         try:
             self._check_nodes(ray.nodes())
