@@ -137,7 +137,9 @@ def test_the_page_says_what_was_not_asked_then(tmp_path):
     marked = tmp_path / "exp_mixing/early"
     early = [judge(claim, exact(1.0)) | dict(because="", exploratory=False) for claim in MIXING_CLAIMS]
     publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, early)
-    assert "\n\nExploratory by now: S20, S21.\n" in page(tmp_path)
+    assert "\n\nExploratory by now: S20, S21, C6l, C6m.\n" in page(tmp_path)
+    publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, [early[0] | dict(statistic="another"), *early[1:]])
+    assert "\n\nAsked otherwise by now: S20.\n\nExploratory" in page(tmp_path)
     shutil.rmtree(marked)
     place = tmp_path / "exp_mixing/desk"
     place.mkdir(parents=True)
@@ -445,7 +447,7 @@ def ends(seeds, rows):
 
 def read(value, **labels):
     "A probe's accuracy, as if after a curve's end."
-    return dict(metric="accuracy", operand="a", site="blocks.0.residual", **labels), value
+    return dict(metric="accuracy", operand="a", site="blocks.0.residual") | labels, value
 
 
 def held(verdicts):
@@ -458,8 +460,9 @@ def mixing_table(seeds, opt, oft, probe):
     for prior, mix in itertools.product("LH", (0.0, 0.5, 0.1, 0.001)):
         labels = dict(protocol="fine_tuning", prior=prior, mix=mix, ft_lr=RATES["η_M"])
         rows.append((labels | dict(c_tr=1.0), opt(prior, mix)))
-        rows.append((labels | dict(c_tr=0.0, metric="acc_oft"), oft(mix)))
+        rows += [(labels | dict(c_tr=0.0, c_te=c_te, metric="acc_oft"), oft(mix)) for c_te in (0.0, 1.0)]
         rows.append(read(probe, c_tr=1.0, **labels))
+    rows.append(read(0.85, protocol="pretraining", prior="L", operand="b"))  # never learned
     return ends(seeds, rows)
 
 
@@ -527,7 +530,8 @@ def randft_table(seeds, plain, taught, control, scratch, probe):
     for seed, lr in itertools.product(range(seeds), RATES.values()):
         of = dict(prior="L", c_tr=1.0, ft_lr=RATES["η_M"], re_lr=lr, seed=seed)
         parts += [arriving(plain, protocol="reft", **of), arriving(taught, protocol="reft_randft", **of)]
-        parts += [arriving(taught, protocol="reft_randft", **of | dict(c_tr=0.0))]
+        without = of | dict(c_tr=0.0)
+        parts += [arriving(plain, protocol="reft", **without), arriving(taught, protocol="reft_randft", **without)]
         parts += [arriving(control, protocol="scr_ft", re_lr=lr, seed=seed)]
         parts += [arriving(scratch, protocol="from_scratch", re_lr=lr, seed=seed)]
     tuned = dict(protocol="randft", prior="L", c_tr=1.0)
@@ -547,17 +551,17 @@ def test_randft_claims_hold_and_fail():
     assert held(gone) == {"S26", "S47"} and set(gone.values()) == {"holds", "fails"}
 
 
-def sweep_table(seeds, left, revived, reach, control):
+def sweep_table(seeds, left, reach, control):
     "`left` says what remains of `a` at η_M, given prior, C_Tr and the part of pretraining."
     rows, parts = [], []
     for prior, part, c_tr in itertools.product("HML", (1.0, 0.25, 0.05), (0.0, 1.0)):
         of = dict(prior=prior, part=part, c_tr=c_tr)
         rows.append((dict(protocol="fine_tuning", ft_lr=RATES["η_M"], **of), left(prior, c_tr, part)))
         rows.append((dict(protocol="fine_tuning", ft_lr=RATES["η_L"], **of), 0.1))
-        back = dict(protocol="reft", ft_lr=RATES["η_L"], **of)
-        rows.append((back | dict(re_lr=RATES["η_M"], first=0.0), revived))
-        parts += [arriving(reach, seed=s, re_lr=RATES["η_S"], **back) for s in range(seeds)]
-    parts += [arriving(control, seed=s, re_lr=RATES["η_S"], protocol="scr_ft") for s in range(seeds)]
+        back = dict(protocol="reft", ft_lr=RATES["η_L"], re_lr=RATES["η_S"], **of)
+        parts += [arriving(reach, seed=s, **back) for s in range(seeds)]
+    for part, s in itertools.product((1.0, 0.25, 0.05), range(seeds)):
+        parts.append(arriving(control, seed=s, re_lr=RATES["η_S"], protocol="scr_ft", part=part))
     table = pd.concat([ends(seeds, rows), *parts])
     middle = table[(table["protocol"] == "fine_tuning") & (table["step"] == 400)].assign(step=1)
     return pd.concat([table, middle])
@@ -567,9 +571,12 @@ def test_sweep_claims_hold_and_fail():
     def as_paper(prior, c_tr, part):
         return 0.1 if prior == "L" else 0.95 if not c_tr else 0.4 if part == 1 else 0.1
 
-    assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 1.0, 20, 100))) == {c.id for c in sweep_claims()}
-    gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 0.3, 401, 401))
-    assert held(gone) == {"S27", "S43", "S44", "S48"} and {
-        gone[i] for i in ("C11a", "C11b", "C11c", "C11d", "C11f")
-    } == {"fails"}
-    assert "Table 6" in sweep_claims()[3].paper and "Table 8" in sweep_claims("index")[3].paper
+    assert held(verdicts(sweep_claims(), sweep_table(3, as_paper, 20, 100))) == {c.id for c in sweep_claims()}
+    gone = verdicts(sweep_claims(), sweep_table(3, lambda *_: 0.1, 401, 401))
+    asked = {c.id for c in sweep_claims() if c.id.startswith("S")}
+    assert held(gone) == asked and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d")} == {"fails"}
+    alike = verdicts(sweep_claims(), sweep_table(3, as_paper, 20, 20))
+    assert {i for i, v in alike.items() if v == "fails"} == {"C11e", "C11f", "C11g"}
+    [of_count], [of_index] = ([c for c in sweep_claims(task) if c.id == "C11c"] for task in ("count", "index"))
+    assert "Table 6" in of_count.paper and "Table 8" in of_index.paper
+    assert of_count.exploratory and not of_index.exploratory

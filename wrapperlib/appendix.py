@@ -275,8 +275,7 @@ def sweep_plan(
                 plan.append((dict(protocol="fine_tuning", **labels), tuned))
                 if rate == "η_L" and prior in main:
                     plan += _ways_back(numbers, tuned, dict(protocol="reft", **labels), family)
-        if part == 1:
-            plan += _ways_back(numbers, scratch(numbers, seed), dict(protocol="scr_ft", seed=seed), family)
+        plan += _ways_back(numbers, scratch(numbers, seed), dict(protocol="scr_ft", seed=seed, part=part), family)
     return plan
 
 

@@ -590,18 +590,23 @@ def asked_since(
     judged: list[dict],  # claims as in `claims.json`
     folder: str,  # where they lie, such as desk_index
 ) -> list[str]:
-    "Sentences on claims that rest today on one that was not there when they were judged, and on those that are exploratory by now."
+    "Sentences on claims that rest today on one that was not there when they were judged, on those that are worded or counted otherwise, and on those that are exploratory by now."
     task = "index" if "index" in folder.split("_") else "count"
     of_task = (claims(task) for claims in (behavior_claims, pruning_claims, probing_claims, sweep_claims))
     now = itertools.chain(REVIVAL_CLAIMS, *of_task, MIXING_CLAIMS, JAILBREAK_CLAIMS, UNRELATED_CLAIMS, RANDFT_CLAIMS)
-    there = {c["id"] for c in judged}
+    there = {c["id"]: (c["statement"], c["statistic"]) for c in judged}
     now = [c for c in now if c.id in there]
+    changed = [c.id for c in now if there[c.id] != (c.statement, c.statistic)]
     late = {c.id: [i for i in c.rests_on if i not in there] for c in now}
     said = [f"{claim} on {', '.join(i)}" for claim, i in late.items() if i]
     plain = {c["id"] for c in judged if not c["exploratory"]}
     marked = [c.id for c in now if c.exploratory and c.id in plain]
-    found = ["Rests by now on what was not asked then: " + "; ".join(said) + "."] if said else []
-    return found + (["Exploratory by now: " + ", ".join(marked) + "."] if marked else [])
+    found = {
+        "Rests by now on what was not asked then": "; ".join(said),
+        "Asked otherwise by now": ", ".join(changed),
+        "Exploratory by now": ", ".join(marked),
+    }
+    return [f"{what}: {which}." for what, which in found.items() if which]
 
 
 _ABOUT = """Made from each experiment's `claims.json`. A folder's name is the scale, with `_index` after it where the task is Index of occurrence and not Counter, and `_quarter` where pretraining had a quarter of its steps.
@@ -1005,7 +1010,7 @@ def judge_each(
     return judge_all(claims, [OneSeed(t, rates or {}, samples) for _, t in table.groupby("seed")])
 
 # %% ../nbs/11_claims.ipynb #52cf43d6
-def _before(i: str, priors: str, **labels) -> Claim:
+def _before(i: str, priors: str, exploratory: bool | str = True, **labels) -> Claim:
     "That the models from these priors can count `a` before they are fine-tuned."
     part = labels.get("part", 1.0)
     return Claim(
@@ -1018,7 +1023,7 @@ def _before(i: str, priors: str, **labels) -> Claim:
         0.95,
         lambda t: _least(t.before("acc_opt", prior, **labels) for prior in priors),
         "100 % (Table 5)",
-        exploratory=True,
+        exploratory=exploratory,
     )
 
 
@@ -1041,9 +1046,9 @@ def _kept(t: OneSeed, prior: str = "L") -> Value:
     return _mixed(t, 0.5, prior) - _mixed(t, 0.001, prior)
 
 
-def _gains_apart(t: OneSeed) -> Value:
+def _gains_apart(t: OneSeed, c_te: float = 0.0) -> Value:
     "By how much the shares differ in what is learned of `b`."
-    ends = [t.tuned("acc_oft", "L", "η_M", 0.0, mix=mix) for mix in _SHARES]
+    ends = [t.tuned("acc_oft", "L", "η_M", 0.0, c_te, mix=mix) for mix in _SHARES]
     return _most(ends) - _least(ends)
 
 
@@ -1067,13 +1072,24 @@ MIXING_CLAIMS = (
     ),
     Claim(
         "C6a",
-        "The fine-tuning task is learned alike, whatever share of pretraining data is mixed in.",
+        "The fine-tuning task is learned alike on strings like those it is shown, whatever share of pretraining data is mixed in.",
         "acc_oft after fine-tuning, highest − lowest over 50, 10 and 0.1 %, prior L, C_Tr = 0, η_M",
         "<=",
         0.10,
         _gains_apart,
         "similar gains (Figs. 18, 20)",
         rests_on=("S20",),
+    ),
+    Claim(
+        "C6l",
+        "And on strings with the correlation, which it is not shown.",
+        "acc_oft with C_Te = 1 after fine-tuning, highest − lowest over 50, 10 and 0.1 %, prior L, C_Tr = 0, η_M",
+        "<=",
+        0.10,
+        lambda t: _gains_apart(t, 1.0),
+        "similar gains (Figs. 18, 20)",
+        rests_on=("S20",),
+        exploratory=True,
     ),
     Claim(
         "C6b",
@@ -1087,7 +1103,7 @@ MIXING_CLAIMS = (
     ),
     Claim(
         "C6c",
-        "Half of pretraining data keeps what fine-tuning alone loses.",
+        "With half of pretraining data mixed in, fine-tuning ends with what it loses alone.",
         f"acc_opt after fine-tuning, 50 % − none mixed in, {_CORRELATED}, η_M",
         ">=",
         0.30,
@@ -1113,6 +1129,16 @@ MIXING_CLAIMS = (
         _read_at_least,
         "Fig. 22",
         rests_on=("S20",),
+    ),
+    Claim(
+        "C6m",
+        "More can be read than of an answer that was never learned.",
+        f"accuracy of the best probe for O_PT, lowest over 50, 10 and 0.1 %, {_CORRELATED}, η_M − that for O_FT before fine-tuning, prior L",
+        ">=",
+        0.10,
+        lambda t: _read_at_least(t) - t.best("pretraining", operand="b", prior="L"),
+        rests_on=("S20",),
+        exploratory=True,
     ),
 )
 
@@ -1197,7 +1223,8 @@ JAILBREAK_CLAIMS = (
         0.90,
         lambda t: t.best("fine_tuning", prior="H", c_tr=1.0, ft_rate="η_M", name="C"),
         "Fig. 25",
-        rests_on=("S22",),
+        rests_on=("S22", "S28"),
+        exploratory=True,
     ),
     Claim(
         "S45",
@@ -1369,6 +1396,20 @@ RANDFT_CLAIMS = (
         rests_on=("S47",),
         exploratory=True,
     ),
+    Claim(
+        "C10g",
+        "And as soon as plain fine-tuning, which taught the same answer with the correlation and another without.",
+        "steps to 0.95 of reFT of randFT / of reFT, prior L, C_Tr = 0, η_M",
+        "<=",
+        1.5,
+        lambda t: _quicker(
+            t, *(dict(protocol=protocol, rate="η_M", **_TAUGHT_B) for protocol in ("reft_randft", "reft"))
+        ),
+        "similarly sample-efficient (Fig. 28)",
+        ratio=True,
+        rests_on=("S47",),
+        exploratory=True,
+    ),
 )
 
 # %% ../nbs/11_claims.ipynb #64a0c8f0
@@ -1385,13 +1426,26 @@ def _back(rate: str, prior: str = "L", part: float = 1.0, c_tr: float = 1.0) -> 
     return dict(protocol="reft", prior=prior, c_tr=c_tr, ft_rate="η_L", rate=rate, part=part)
 
 
-def _revived(t: OneSeed, parts: tuple[float, ...] = (1.0, 0.25, 0.05)) -> Value:
-    pairs = itertools.product("HL", parts)
-    return _least(t.end(metric="acc_opt", **_back("η_M", prior, part)) for prior, part in pairs)
+def _sooner(t: OneSeed, part: float = 1.0, c_tr: float = 1.0) -> Value:
+    "How many times as long the control, pretrained as long, takes at η_S."
+    return _quicker(t, dict(protocol="scr_ft", rate="η_S", part=part), _back("η_S", part=part, c_tr=c_tr))
+
+
+def _taken(i: str, statement: str, part: float = 1.0, c_tr: float = 1.0) -> Claim:
+    return Claim(
+        i,
+        statement,
+        f"acc_opt after fine-tuning, prior L, C_Tr = {c_tr:g}, η_L" + (f", after {part:g} of pretraining" if part < 1 else ""),
+        "<=",
+        0.60,
+        lambda t: t.tuned("acc_opt", "L", "η_L", c_tr, part=part),
+        f"{{η_L {c_tr:g} acc_opt L}}" if part == 1 else "not given",
+        exploratory="count",
+    )
 
 
 _SWEEPS = (
-    _before("S27", "HL", part=1.0),
+    _before("S27", "HL", "count", part=1.0),
     Claim(
         "C11a",
         "A weakly relevant capability is lost sooner than a strongly relevant one.",
@@ -1412,6 +1466,7 @@ _SWEEPS = (
         "{η_M 0 acc_opt H}, {η_M 1 acc_opt H}",
         rests_on=("S27",),
     ),
+    _before("S49", "H", "count", part=0.25),
     Claim(
         "C11c",
         "A longer pretraining protects a strongly relevant capability.",
@@ -1420,18 +1475,11 @@ _SWEEPS = (
         0.10,
         lambda t: _end(t, "H") - _end(t, "H", part=0.25),
         "{η_M 1 acc_opt H}, {quarter η_M 1 acc_opt H}",
-        rests_on=("S27",),
+        rests_on=("S27", "S49"),
+        exploratory="count",
     ),
-    Claim(
-        "S44",
-        "A large rate has taken O_PT away.",
-        f"acc_opt after fine-tuning, {_CORRELATED}, η_L",
-        "<=",
-        0.60,
-        lambda t: t.tuned("acc_opt", "L", "η_L", part=1.0),
-        "{η_L 1 acc_opt L}",
-        exploratory=True,
-    ),
+    _before("S50", "L", "count", part=1.0),
+    _taken("S44", "A large rate has taken O_PT away."),
     Claim(
         "C11d",
         "What a large rate took away comes back at a small one.",
@@ -1440,8 +1488,8 @@ _SWEEPS = (
         0.95,
         lambda t: t.end(metric="acc_opt", **_back("η_S")),
         "possible (Fig. 76)",
-        rests_on=("S27", "S44"),
-        exploratory=True,
+        rests_on=("S50", "S44"),
+        exploratory="count",
     ),
     Claim(
         "C11e",
@@ -1449,43 +1497,36 @@ _SWEEPS = (
         f"steps to 0.95 of Scr.+FT / of reFT at η_S, {_CORRELATED}, fine-tuned at η_L",
         ">=",
         1.5,
-        lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), _back("η_S")),
+        _sooner,
         ratio=True,
-        rests_on=("S27", "S44"),
-        exploratory=True,
+        rests_on=("S50", "S44"),
+        exploratory="count",
     ),
-    _before("S43", "HL", part=0.05),
+    _before("S43", "L", "count", part=0.25),
+    _taken("S51", "And it has after a quarter of pretraining.", part=0.25),
     Claim(
         "C11f",
-        "It comes back whatever the length of pretraining.",
-        "lowest acc_opt after reFT at η_M, priors H and L, all, a quarter and a twentieth of pretraining, C_Tr = 1, fine-tuned at η_L",
+        "Then, too, it comes back sooner than Scr.+FT, pretrained as long, learns it.",
+        f"steps to 0.95 of Scr.+FT / of reFT at η_S, both after a quarter of pretraining, {_CORRELATED}, fine-tuned at η_L",
         ">=",
-        0.95,
-        _revived,
+        1.5,
+        lambda t: _sooner(t, part=0.25),
         "for every length (Fig. 78)",
-        rests_on=("S43", "S44"),
+        ratio=True,
+        rests_on=("S43", "S51"),
         exploratory=True,
     ),
-    Claim(
-        "S48",
-        "A large rate takes O_PT away without the correlation, too.",
-        "acc_opt after fine-tuning, prior L, C_Tr = 0, η_L",
-        "<=",
-        0.60,
-        lambda t: t.tuned("acc_opt", "L", "η_L", 0.0, part=1.0),
-        "{η_L 0 acc_opt L}",
-        exploratory=True,
-    ),
+    _taken("S48", "A large rate takes O_PT away without the correlation, too.", c_tr=0.0),
     Claim(
         "C11g",
         "Then, too, it comes back sooner than Scr.+FT learns it.",
         "steps to 0.95 of Scr.+FT / of reFT at η_S, prior L, C_Tr = 0, fine-tuned at η_L",
         ">=",
         1.5,
-        lambda t: _quicker(t, dict(protocol="scr_ft", rate="η_S"), _back("η_S", c_tr=0.0)),
+        lambda t: _sooner(t, c_tr=0.0),
         ratio=True,
-        rests_on=("S27", "S48"),
-        exploratory=True,
+        rests_on=("S50", "S48"),
+        exploratory="count",
     ),
 )
 

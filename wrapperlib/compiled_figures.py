@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .compiled_runs import _MARKS, FIG59, SINGLE
-from .figures import _CONTROL, _GUESS, _WHOSE, _guessed, _headline, _legend, _mean_and_range, _seeds, _share_colours
+from .figures import _CONTROL, _GUESS, WHOSE, _guessed, _headline, _legend, _mean_and_range, _seeds, _share_colours
 
 # %% ../nbs/19_compiled_figures.ipynb #72cb7e2a
 MOST = 0.5  # the colours' upper end in the paper's figures
@@ -121,7 +121,7 @@ def single_weights(
         2, len(shares), figsize=(3.6 * len(shares) + 1, 4.6), sharex=True, sharey=True, squeeze=False
     )
     names = {lr: name for name, lr in rates.items()}
-    for row, metric in zip(axes, _WHOSE):
+    for row, metric in zip(axes, WHOSE):
         for ax, share in zip(row, shares):
             here = table[(table["c_tr"] == share) & (table["metric"] == metric) & (table["unit"] == "weight")]
             for rate, colour in colours.items():
@@ -135,8 +135,8 @@ def single_weights(
             ax.set(ylim=(-0.03, 1.03), xticks=range(len(_BARS)))
             ax.set_xticklabels(list(_BARS), fontsize=7)
             ax.set_title(f"C_Tr = {share:g}" if metric == "acc_opt" else "")
-    for row, metric in zip(axes, _WHOSE):
-        row[0].set_ylabel(f"accuracy, {_WHOSE[metric]}")
+    for row, metric in zip(axes, WHOSE):
+        row[0].set_ylabel(f"accuracy, {WHOSE[metric]}")
         _guessed(row, guess[metric])
     _legend(axes[0][-1], colours, {}, **_BESIDE)
     fig.supxlabel(
@@ -162,15 +162,15 @@ def many_weights(
     fig, axes = plt.subplots(
         2, len(shares), figsize=(2.9 * len(shares) + 1.4, 4.4), sharex=True, sharey=True, squeeze=False
     )
-    for row, metric in zip(axes, _WHOSE):
+    for row, metric in zip(axes, WHOSE):
         for ax, share in zip(row, shares):
             here = table[(table["c_tr"] == share) & (table["metric"] == metric)]
             for (lr, way), curves in here.groupby(["ft_lr", "way"]):
                 if lr in colours:
                     _mean_and_range(ax, curves, "k", color=colours[lr], ls="-" if way == "top" else "--")
             ax.set(ylim=(-0.03, 1.03), title=f"C_Tr = {share:g}" if metric == "acc_opt" else "")
-            ax.set_ylabel(f"accuracy, {_WHOSE[metric]}" if share == shares[0] else "")
-    for row, metric in zip(axes, _WHOSE):
+            ax.set_ylabel(f"accuracy, {WHOSE[metric]}" if share == shares[0] else "")
+    for row, metric in zip(axes, WHOSE):
         _guessed(row, guess[metric])
     kinds = {way: dict(ls=ls) for way, ls in (("top", "-"), ("random", "--"))}
     _legend(axes[0][-1], {name: colours[lr] for name, lr in rates.items()}, kinds, **_BESIDE)
@@ -243,12 +243,12 @@ def beside_paper(
     scale: str,  # its name, for the title
 ) -> Figure:
     "Ours against the paper's, cell by cell of Tables 3 and 4: equal on the diagonal. A grey dash is the most frequent answer alone."
-    cells = cells.assign(metric=cells["metric"].map(_WHOSE))
+    cells = cells.assign(metric=cells["metric"].map(WHOSE))
     kinds = list(cells.groupby(["table", "task"]))
     title = f"Ours against the paper (scale {scale}, {_few_or_many(cells['seeds'])})"
     fig, axes = _in_a_row(len(kinds), 3.2, 3.2, title)
     look = dict(hue="rate", hue_order=[*cells["rate"].unique()], palette="colorblind")
-    look |= dict(style="metric", style_order=[*_WHOSE.values()], alpha=0.75)  # in all panels the same
+    look |= dict(style="metric", style_order=[*WHOSE.values()], alpha=0.75)  # in all panels the same
     for ax, ((number, task), rows) in zip(axes, kinds):
         ax.plot([0, 1], [0, 1], color="0.8", zorder=0)
         ax.vlines(rows["paper"], rows["low"], rows["high"], color="0.6", lw=0.8, zorder=0)
