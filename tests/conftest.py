@@ -79,8 +79,8 @@ def one_thread():
 
 
 # What takes minutes begins first, so that no process is left with it at the end; of these files each test goes where there is room.
-LONG = ("house", "site", "faults", "compiled", "runs", "sweep", "howto", "exp_revival", "ranks", "make", "bench")
-LONG += ("exp_appendix", "exp_fine_tuning", "exp_stories")
+LONG = ("house", "site", "faults", "compiled", "runs", "sweep", "exp_appendix", "exp_fine_tuning", "exp_stories")
+LONG += ("exp_revival", "ranks", "make", "howto", "bench", "claims", "protocols", "training", "deletion", "recipes")
 APART = ("test_library_notebooks_run", "test_a_howto_runs", "test_the_benchmark_leaves_its_table")
 
 

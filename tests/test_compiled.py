@@ -516,7 +516,7 @@ def test_the_papers_tables_are_whole():
 
 
 def test_the_experiment_runs(tmp_path):
-    given = ("scale", "smoke"), ("rates", "L M"), ("more_seeds", "1"), ("workers", "1")
+    given = ("scale", "smoke"), ("rates", "L M"), ("more_c_trs", "0.5"), ("more_seeds", "1"), ("workers", "1")
     done = papermill(tmp_path, "exp_tracr", *(word for pair in given for word in ("-p", *pair)))
     assert done.returncode == 0, done.stderr[-3000:]
     place = tmp_path / "outputs/exp_tracr/smoke"

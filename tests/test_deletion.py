@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from wrapperlib.deletion import (
     DELETIONS,
     FILES,
     LABELS,
+    MATCHED,
     REQUEST,
     SHAM,
     SIZES,
@@ -120,7 +122,7 @@ def test_files_in_the_published_format_are_taken_too(tmp_path):
 def test_the_plan(data):
     plan = deletion_plan(SMOKE, data, seeds=2)
     count = Counter(labels["protocol"] for labels, _ in plan)
-    assert count == dict(pretraining=4, deletion=2 * 8 * 2, reft=2 * 8 * 3)
+    assert count == dict(pretraining=4, deletion=2 * (8 * 2 + 2), reft=2 * 10 * 3)
     runs = {tuple(labels.get(k) for k in ("protocol", "model", "seed", "ft_lr", "step")): run for labels, run in plan}
     assert len(runs) == len(plan)
     streams = {m: runs["deletion", m, 0, 1e-2, 4].stream for m in DELETIONS}
@@ -137,6 +139,9 @@ def test_the_plan(data):
     assert not any(run.start == runs["deletion", SHAM, 0, 1e-2, 4] for run in ways)
     assert runs["reft", "F", 0, 1e-2, 3].start == runs["deletion", "F", 0, 1e-2, 4]
     assert runs["reft", CONTROL, 0, None, 3].start == runs["pretraining", CONTROL, 0, None, 12]
+    matched = runs["deletion", MATCHED, 0, 1e-2, 4]
+    assert matched.start == runs["pretraining", CONTROL, 0, None, 12] and matched.stream == streams["F"]
+    assert runs["reft", MATCHED, 0, 1e-2, 3].start == matched
 
 
 def test_what_fine_tuning_shows(data):
@@ -211,7 +216,7 @@ def test_the_table_of_findings(found):
         "blocks.0.residual",
         "blocks.1.residual",
     }
-    assert set(read["model"]) == {"Present", CONTROL, "F", "F+RR", SHAM}
+    assert set(read["model"]) == {"Present", CONTROL, MATCHED, "F", "F+RR", SHAM}
     tested = table[table["metric"] == "tested"].groupby("feature")["value"].unique()
     assert all(len(n) == 1 and 20 < n[0] <= SMOKE.probed for n in tested)
 
@@ -322,8 +327,8 @@ def test_a_judge_of_ones_own(found, store, data):
 
     behaviour, _ = questions(store, data, learned, Long(0))
     assert behaviour.of(store.model(plan[0][1]), SMOKE).set_index("metric")["value"]["says_asked"] == 1
-    for judge in ("gpt", 3):
-        with pytest.raises(BadInput, match=r"judge is .* allowed: exact, learned, or an object with a method says"):
+    for judge in ("gpt", 3, SimpleNamespace(says=len)):
+        with pytest.raises(BadInput, match=r"judge is .* allowed: exact, learned, or a dataclass with a method says"):
             questions(store, data, learned, judge)
 
 
@@ -335,12 +340,18 @@ def test_the_learned_judge_is_judged(found, store, data, monkeypatch):
     assert (judge_table(store, data, learned, plan[0][1], SMOKE) == 1).all()
 
 
-def made_up(asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, control_before=0.05, shuffled=0.5):
+def made_up(
+    asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, control_before=0.05, shuffled=0.5, heeds=True
+):
     "Findings such as these."
     size, rows = SIZES["desk"], []
-    models = [(m, lr) for m in (*DELETIONS, SHAM) for lr in size.rates.values()] + [("Present", None), (CONTROL, None)]
+    models = [(m, lr) for m in (*DELETIONS, MATCHED, SHAM) for lr in size.rates.values()] + [
+        ("Present", None),
+        (CONTROL, None),
+    ]
     for model, lr in models:
-        first = control_before if model == CONTROL else before if lr is None or model == SHAM else deleted
+        never = model in (CONTROL, MATCHED)
+        first = control_before if never else before if lr is None or model == SHAM else deleted
         protocol = "pretraining" if lr is None else "deletion"
         at = dict(protocol=protocol, model=model, seed=0, ft_lr=lr, step=400)
         rows += [
@@ -348,16 +359,16 @@ def made_up(asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, 
             for m, v in (("says_asked", first), ("says_other", 0.02), ("loss_twist_story", 1.0 + (first < 0.5) * 0.05))
         ]
         for i, step in enumerate(() if model == SHAM else (0, *size.reviving)):
-            share = first if step == 0 else control[i - 1] if model == CONTROL else asked_back[i - 1]
+            share = first if step == 0 else control[i - 1] if never else asked_back[i - 1]
             at = dict(protocol="reft", model=model, seed=0, ft_lr=lr, step=step)
             rows += [
                 at | dict(metric="says_asked", value=share),
-                at | dict(metric="says_other", value=share / 10),
+                at | dict(metric="says_other", value=share / 10 if heeds else share),
                 at | dict(metric="loss_twist_story", value=1.1 - share / 10),
             ]
         at |= dict(protocol=protocol, step=400)
         for feature in ("Twist", "Foreshadowing", REQUEST):
-            value = probe - gap * (model == CONTROL and feature != "Foreshadowing")
+            value = probe - gap * (never and feature != "Foreshadowing")
             found = dict(accuracy=value, shuffled=shuffled, tested=1700)
             rows += [
                 at | dict(feature=feature, site=f"blocks.{b}.residual", metric=metric, value=v)
@@ -373,9 +384,13 @@ def test_verdicts_on_made_up_findings():
     assert set(verdicts) == {c.id for c in STORY_CLAIMS} and set(verdicts.values()) == {"holds"}
     otherwise = made_up([0.06, 0.1, 0.2, 0.4, 0.6], [0.3, 0.6, 0.8, 0.9, 0.95], gap=-0.05)
     verdicts = {c["id"]: c["verdict"] for c in judge_stories(otherwise, SIZES["desk"])}
-    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8f", "C8j"}
+    assert {i for i, v in verdicts.items() if v == "fails"} == {"C8c", "C8d", "C8e", "C8l", "C8m", "C8f", "C8j"}
     blind = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, probe=0.55), SIZES["desk"])}
-    assert blind["S33"]["verdict"] == "fails" and {blind[f"C8{i}"]["verdict"] for i in "fghjk"} == {"inconclusive"}
+    anyhow = {c["id"]: c["verdict"] for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, heeds=False), SIZES["desk"])}
+    assert {i for i, v in anyhow.items() if v == "fails"} == {"C8m"}
+    assert {blind[i]["verdict"] for i in ("S33", "S52", "S34")} == {"fails"} and {
+        blind[f"C8{i}"]["verdict"] for i in "fghjk"
+    } == {"inconclusive"}
     kept = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, deleted=0.9), SIZES["desk"])}
     assert kept["C8a"]["verdict"] == "fails" and kept["C8c"]["because"] == "rests on C8a"
     deaf = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, before=0.3), SIZES["desk"])}
@@ -402,7 +417,7 @@ def test_figures_show_what_the_table_has():
     fig = over_steps(table, size, "reft", "says_asked")
     lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
     assert list(lines[CONTROL].get_ydata()) == [0.05, 0.06, 0.1, 0.2, 0.4, 0.6] and len(fig.axes) == 2
-    assert len(layers(table, size).axes[0].get_lines()) == 12  # six models, each with its shuffled labels
+    assert len(layers(table, size).axes[0].get_lines()) == 14  # seven models, each with its shuffled labels
     seeds = pd.concat([table, table.assign(seed=1, value=table["value"] - 0.05)])
     row = table1(seeds, size).loc[("F", "η_S", 30)]
     assert row["ours"] == pytest.approx(0.775) and row["seeds"] == 2 and row["low"] < 0.7  # over seeds

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO, cells
-from wrapperlib import protocols, runs, sweep
+from wrapperlib import faults, protocols, runs, sweep
 from wrapperlib.checks import BadInput, NotWritten
 from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
 from wrapperlib.runs import FILES, Store, address, train_all
@@ -125,7 +125,7 @@ def test_status_counts_each_run_once_and_says_why(tmp_path):
     every = {address(r) for name, given in asked for r in sweep.read(name, scale="smoke", **given).runs}
     assert before.loc["all", "to train"] == len(every) and before.loc["all", "minutes"] >= 0
     assert before.loc["exp_revival/smoke", "why"] == "24 × new"
-    train_all(store, [run for _, run in plan], workers=1, quiet=True)
+    faults.fill(store, (run for _, run in plan))
     record = next(store.root.glob("*-*/run.json"))
     now = sweep.status("smoke", device="cpu", out=str(tmp_path / "out"), experiments=asked)
     assert now.loc["exp_revival/smoke", "to train"] == 0 and now.loc["exp_revival/smoke", "why"] == ""
@@ -347,7 +347,7 @@ sweep.together(Store({str(store.root)!r}), missing, "cpu", 0, None)
     done = torchrun(2, script)
     assert done.returncode == 0, done.stderr[-3000:]
     assert store.meta(sweep.one_run("pretraining", scale="smoke"))["processes"] == 2
-    train_all(store, sweep.read("exp_revival", scale="smoke").runs, workers=1, quiet=True)
+    faults.fill(store, (run for run in sweep.read("exp_revival", scale="smoke").runs if not store.finished(run)))
     given = ["exp_revival", "--scale", "smoke", "--device", "cpu", "--out", tmp_path]
     done = torchrun(2, "-m", "wrapperlib.sweep", "train", *given)  # nothing is missing, and nobody waits for ever
     assert done.returncode == 0 and "24 reused, 0 to train" in done.stdout, done.stderr[-3000:]
@@ -665,13 +665,10 @@ def test_two_papers_at_once_do_not_share_a_copy(tmp_path, monkeypatch):
     assert not copies[0].exists()  # it has come to its end since
 
 
-def test_a_thousand_finished_runs_are_recognised_in_seconds(tmp_path, monkeypatch):
+def test_a_thousand_finished_runs_are_recognised_in_seconds(tmp_path):
     store, plan = Store(tmp_path / "runs"), revival_plan(SMOKE, 42)
     wanted = list(dict.fromkeys(r for _, run in plan for r in run.lineage))
-    model, log = wanted[0].fresh_model(), [dict(step=0, metric="acc_opt", c_te=0.0, value=0.0)]
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    for run in wanted:
-        store.put(run, model, log, dict(seconds=0, devices=["cpu"]))
+    faults.fill(store, wanted)
     assert len(wanted) > 1000
     code = f"""
 import time

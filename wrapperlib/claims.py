@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -677,6 +678,7 @@ def table_to_read(
     return wide.round(1).rename_axis(columns=["C_Te", "step", "%"])
 
 # %% ../nbs/11_claims.ipynb #b02431a2
+@lru_cache(maxsize=1000)
 def _paper(task: str, pretraining: str, rate: str, c_tr: float, metric: str, *priors: str) -> str:
     "What the paper has for C_Te = 0 at the end, e.g. `100 and 85.7 % (Table 5)`."
     cells = paper_tables().query(

@@ -218,11 +218,12 @@ def generate(
         torch.Generator().manual_seed(seed),
     )
     read, over = 0, torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+    last = torch.tensor(lengths, device=weight.device) + n  # where a text has all its new tokens
     for t in range(min(lengths), most):
         logits = model(ids[:, read:t], last=True, cache=cache)
         read = t if cached else 0
         ids[:, t] = torch.where(given[:, t], ids[:, t], torch.where(over, end, _drawn(logits, temperature, chance)))
-        over |= ~given[:, t] & (ids[:, t] == end)
+        over |= (~given[:, t] & (ids[:, t] == end)) | (t + 1 >= last)
         if over.all():
             break
     return [_until(row[length : length + n].tolist(), end) for row, length in zip(ids, lengths)]

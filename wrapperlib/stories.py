@@ -265,7 +265,8 @@ class Shards:
         "Raises `BadInput` for a folder that is unfinished or whose files are not as they were written: they are a part of the address of what is trained on them."
         path = Path(folder) / "shards.json"
         about = _json(path)
-        there = about and all(_digest(path.with_name(name)) == digest for name, (_, digest) in about["files"].items())
+        there = isinstance(about, dict) and {"files", "vocabulary", "counts"} <= about.keys()
+        there = there and all(_digest(path.with_name(name)) == digest for name, (_, digest) in about["files"].items())
         check(there, "folder of shards", folder, "one that `write_shards` has finished, unchanged")
         digest = hashlib.sha256(json.dumps(about["files"]).encode()).hexdigest()[:16]
         return Shards(digest, about["vocabulary"], str(Path(folder).resolve()), json.dumps(about))
@@ -310,7 +311,7 @@ def _write_shards(folder: Path, source, name: str, tokenizer, variant: str, per_
     )
     begun = _json(folder / "begun.json") or dict(means=means, files={}, read=0, kept=0, tokens=0)
     check(
-        begun["means"] == means,
+        isinstance(begun, dict) and begun.get("means") == means,
         "folder of shards",
         folder,
         "an empty one, or one begun with the same source, tokenizer and variant",
