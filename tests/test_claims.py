@@ -138,7 +138,7 @@ def test_the_page_says_what_was_not_asked_then(tmp_path):
     marked = tmp_path / "exp_mixing/early"
     early = [judge(claim, exact(1.0)) | dict(because="", exploratory=False) for claim in MIXING_CLAIMS]
     publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, early)
-    assert "\n\nExploratory by now: S20, S21, C6l, C6m.\n" in page(tmp_path)
+    assert "\n\nExploratory by now: S20, S21, C6l, S57, C6m.\n" in page(tmp_path)
     publish(marked, pd.DataFrame(dict(a=[1])), {}, {}, [early[0] | dict(statistic="another"), *early[1:]])
     assert "\n\nAsked otherwise by now: S20.\n\nExploratory" in page(tmp_path)
     shutil.rmtree(marked)
@@ -461,23 +461,26 @@ def held(verdicts):
 
 
 def mixing_table(seeds, opt, oft, probe):
-    "`opt` says what is left for prior and share of pretraining data, `oft` what is learned at a share."
+    "`opt` says what is left for prior and share of pretraining data, `oft` what is learned at a share, by C_Te."
     rows = []
     for prior, mix in itertools.product("LH", (0.0, 0.5, 0.1, 0.001)):
         labels = dict(protocol="fine_tuning", prior=prior, mix=mix, ft_lr=RATES["η_M"])
         rows.append((labels | dict(c_tr=1.0), opt(prior, mix)))
-        rows += [(labels | dict(c_tr=0.0, c_te=c_te, metric="acc_oft"), oft(mix)) for c_te in (0.0, 1.0)]
+        rows += [(labels | dict(c_tr=0.0, c_te=c_te, metric="acc_oft"), oft(mix, c_te)) for c_te in (0.0, 1.0)]
         rows.append(read(probe, c_tr=1.0, **labels))
-    rows.append(read(0.85, protocol="pretraining", prior="L", operand="b"))  # never learned
+    never = dict(protocol="pretraining", prior="L", operand="b")
+    rows += [read(0.85, **never), read(0.3, **never | dict(metric="says"))]
     return ends(seeds, rows)
 
 
 def test_mixing_claims_hold_and_fail():
     kept = {("L", 0.5): 0.97, ("L", 0.1): 0.6, ("L", 0.001): 0.2, ("L", 0.0): 0.1}
-    as_told = mixing_table(3, lambda prior, mix: kept.get((prior, mix), 0.95), lambda mix: 0.98, 0.99)
+    as_told = mixing_table(3, lambda prior, mix: kept.get((prior, mix), 0.95), lambda mix, c_te: 0.98, 0.99)
     assert held(verdicts(MIXING_CLAIMS, as_told)) == {c.id for c in MIXING_CLAIMS}
-    gone = verdicts(MIXING_CLAIMS, mixing_table(3, lambda *_: 0.1, lambda mix: 0.5 + mix, 0.4))
-    assert held(gone) == {"S20", "S21"} and set(gone.values()) == {"holds", "fails"}
+    gone = verdicts(MIXING_CLAIMS, mixing_table(3, lambda *_: 0.1, lambda mix, c_te: 0.5 + mix, 0.4))
+    assert held(gone) == {"S20", "S21", "S57"} and set(gone.values()) == {"holds", "fails"}
+    unlike = mixing_table(3, lambda prior, mix: kept.get((prior, mix), 0.95), lambda mix, c_te: 0.98 - c_te * mix, 0.99)
+    assert {i for i, v in verdicts(MIXING_CLAIMS, unlike).items() if v == "fails"} == {"C6l"}
 
 
 def jailbreak_table(seeds, by_c, by_j, probe, revived):
@@ -531,13 +534,13 @@ def arriving(reach, **labels):
     return pd.DataFrame(dict(step=steps, value=values, metric="acc_opt", c_te=0.0) | labels)
 
 
-def randft_table(seeds, plain, taught, control, scratch, probe):
+def randft_table(seeds, plain, taught, control, scratch, probe, taught_b):
     parts = []
     for seed, lr in itertools.product(range(seeds), RATES.values()):
         of = dict(prior="L", c_tr=1.0, ft_lr=RATES["η_M"], re_lr=lr, seed=seed)
         parts += [arriving(plain, protocol="reft", **of), arriving(taught, protocol="reft_randft", **of)]
         without = of | dict(c_tr=0.0)
-        parts += [arriving(plain, protocol="reft", **without), arriving(taught, protocol="reft_randft", **without)]
+        parts += [arriving(plain, protocol="reft", **without), arriving(taught_b, protocol="reft_randft", **without)]
         parts += [arriving(control, protocol="scr_ft", re_lr=lr, seed=seed)]
         parts += [arriving(scratch, protocol="from_scratch", re_lr=lr, seed=seed)]
     tuned = dict(protocol="randft", prior="L", c_tr=1.0)
@@ -551,13 +554,15 @@ def randft_table(seeds, plain, taught, control, scratch, probe):
 
 
 def test_randft_claims_hold_and_fail():
-    as_told = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 20, 100, 401, 0.99))
+    as_told = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 20, 100, 401, 0.99, 20))
     assert held(as_told) == {c.id for c in RANDFT_CLAIMS}
-    gone = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 100, 100, 100, 0.4))
-    assert held(gone) == {"S26", "S47"} and set(gone.values()) == {"holds", "fails"}
+    gone = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 100, 100, 100, 0.4, 100))
+    assert held(gone) == {"S26", "S47", "S56"} and set(gone.values()) == {"holds", "fails"}
+    other = verdicts(RANDFT_CLAIMS, randft_table(3, 20, 20, 100, 401, 0.99, 100))
+    assert {i for i, v in other.items() if v == "fails"} == {"C10f", "C10g"}
 
 
-def sweep_table(seeds, left, reach, control):
+def sweep_table(seeds, left, reach, control, shorter=None):
     "`left` says what remains of `a` at η_M, given prior, C_Tr and the part of pretraining."
     rows, parts = [], []
     for prior, part, c_tr in itertools.product("HML", (1.0, 0.25, 0.05), (0.0, 1.0)):
@@ -567,7 +572,9 @@ def sweep_table(seeds, left, reach, control):
         back = dict(protocol="reft", ft_lr=RATES["η_L"], re_lr=RATES["η_S"], **of)
         parts += [arriving(reach, seed=s, **back) for s in range(seeds)]
     for part, s in itertools.product((1.0, 0.25, 0.05), range(seeds)):
-        parts.append(arriving(control, seed=s, re_lr=RATES["η_S"], protocol="scr_ft", part=part))
+        of = dict(seed=s, re_lr=RATES["η_S"], protocol="scr_ft", part=part)
+        late = control if part == 1 or shorter is None else shorter
+        parts += [arriving(late, **of), arriving(0, **of).assign(metric="acc_oft")]
     table = pd.concat([ends(seeds, rows), *parts])
     middle = table[(table["protocol"] == "fine_tuning") & (table["step"] == 400)].assign(step=1)
     return pd.concat([table, middle])
@@ -583,6 +590,8 @@ def test_sweep_claims_hold_and_fail():
     assert held(gone) == asked and {gone[i] for i in ("C11a", "C11b", "C11c", "C11d")} == {"fails"}
     alike = verdicts(sweep_claims(), sweep_table(3, as_paper, 20, 20))
     assert {i for i, v in alike.items() if v == "fails"} == {"C11e", "C11f", "C11g"}
+    quarter = verdicts(sweep_claims(), sweep_table(3, as_paper, 20, 100, 20))
+    assert {i for i, v in quarter.items() if v == "fails"} == {"C11f"}
     [of_count], [of_index] = ([c for c in sweep_claims(task) if c.id == "C11c"] for task in ("count", "index"))
     assert "Table 6" in of_count.paper and "Table 8" in of_index.paper
     assert of_count.exploratory and not of_index.exploratory

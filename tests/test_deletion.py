@@ -341,9 +341,18 @@ def test_the_learned_judge_is_judged(found, store, data, monkeypatch):
 
 
 def made_up(
-    asked_back, control, probe=0.9, gap=0.05, before=0.9, deleted=0.05, control_before=0.05, shuffled=0.5, heeds=True
+    asked_back,
+    control,
+    probe=0.9,
+    gap=0.05,
+    before=0.9,
+    deleted=0.05,
+    control_before=0.05,
+    shuffled=0.5,
+    heeds=True,
+    further=None,
 ):
-    "Findings such as these."
+    "Findings such as these; `further` is what the control comes to that has seen more stories. The request is read off the last block alone."
     size, rows = SIZES["desk"], []
     models = [(m, lr) for m in (*DELETIONS, MATCHED, SHAM) for lr in size.rates.values()] + [
         ("Present", None),
@@ -359,7 +368,8 @@ def made_up(
             for m, v in (("says_asked", first), ("says_other", 0.02), ("loss_twist_story", 1.0 + (first < 0.5) * 0.05))
         ]
         for i, step in enumerate(() if model == SHAM else (0, *size.reviving)):
-            share = first if step == 0 else control[i - 1] if never else asked_back[i - 1]
+            way = further if further and model == MATCHED else control if never else asked_back
+            share = first if step == 0 else way[i - 1]
             at = dict(protocol="reft", model=model, seed=0, ft_lr=lr, step=step)
             rows += [
                 at | dict(metric="says_asked", value=share),
@@ -367,11 +377,15 @@ def made_up(
                 at | dict(metric="loss_twist_story", value=1.1 - share / 10),
             ]
         at |= dict(protocol=protocol, step=400)
+
+        def of(feature, metric, b):
+            return 0.3 if (feature, metric) == (REQUEST, "accuracy") and b < 2 else 1.0
+
         for feature in ("Twist", "Foreshadowing", REQUEST):
             value = probe - gap * (never and feature != "Foreshadowing")
             found = dict(accuracy=value, shuffled=shuffled, tested=1700)
             rows += [
-                at | dict(feature=feature, site=f"blocks.{b}.residual", metric=metric, value=v)
+                at | dict(feature=feature, site=f"blocks.{b}.residual", metric=metric, value=v * of(feature, metric, b))
                 for b in range(3)
                 for metric, v in found.items()
             ]
@@ -388,6 +402,9 @@ def test_verdicts_on_made_up_findings():
     blind = {c["id"]: c for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, probe=0.55), SIZES["desk"])}
     anyhow = {c["id"]: c["verdict"] for c in judge_stories(made_up([0.9] * 5, [0.1] * 5, heeds=False), SIZES["desk"])}
     assert {i for i, v in anyhow.items() if v == "fails"} == {"C8m"}
+    as_quick = made_up([0.3, 0.6, 0.8, 0.9, 0.95], [0.06, 0.1, 0.2, 0.4, 0.6], further=[0.3, 0.6, 0.8, 0.9, 0.95])
+    as_quick = {c["id"]: c["verdict"] for c in judge_stories(as_quick, SIZES["desk"])}
+    assert {i for i, v in as_quick.items() if v == "fails"} == {"C8l", "C8m"}
     assert {blind[i]["verdict"] for i in ("S33", "S52", "S34")} == {"fails"} and {
         blind[f"C8{i}"]["verdict"] for i in "fghjk"
     } == {"inconclusive"}

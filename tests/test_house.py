@@ -197,7 +197,6 @@ def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_
         "install",
         "--quiet",
         "--no-deps",
-        "--no-build-isolation",
         "--target",
         str(site),
         str(source),

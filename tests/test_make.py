@@ -8,8 +8,6 @@ import subprocess
 import pytest
 
 from tests.conftest import REPO
-from wrapperlib.protocols import SCALES, revival_plan
-from wrapperlib.runs import Store, train_all
 
 ready = REPO / ".venv" / ".ready"
 needs_make = pytest.mark.skipif(
@@ -50,8 +48,6 @@ def test_a_folder_that_is_a_file(tmp_path):
 @needs_make
 def test_the_executed_copy_lies_with_the_results_and_a_failed_run_leaves_it(tmp_path):
     place = tmp_path / "results" / "exp_revival" / "smoke"
-    plan = revival_plan(SCALES["smoke"])
-    train_all(Store(tmp_path / "results" / "runs"), [run for _, run in plan], workers=1, quiet=True)
     assert make("revival", "SCALE=smoke", f"OUT={tmp_path / 'results'}").returncode == 0
     executed = (place / "exp_revival.ipynb").read_text()
     papermill = json.loads(executed)["metadata"]["papermill"]

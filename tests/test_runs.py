@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(repo, tmp_path):
     run = a_run(Domain(length=24, window=16, nth=2), steps=steps)
     train_run(unbroken, run)
     resumed = []
-    for wanted in (10, 110):  # kill twice, the second time a run that goes on from the first
+    for wanted in (10, 60, 110):  # kill three times, each later than the one before
         process = start(repo, store, steps)
         deadline = time.monotonic() + 120
         while not (store.partial(run).exists() and (at := store.checkpoint(run)[0]) and at.step >= wanted):

@@ -622,7 +622,7 @@ def questions(
     "What is asked of the models; of tales, where it is known where they turn, also the request. Raises `BadInput` for what is no judge."
     known = dict(exact=Exactly(), learned=Learned(learned, str(store.root), data.tokenizer, device))
     who = known.get(judge) if isinstance(judge, str) else judge
-    own = is_dataclass(who) and callable(getattr(who, "says", None))  # its fields say where findings are kept
+    own = is_dataclass(who) and not isinstance(who, type) and callable(getattr(who, "says", None))  # its fields are part of the question
     check(own, "judge", judge, "exact, learned, or a dataclass with a method says(texts)")
     test = {variant: data.shards["test", variant] for variant in _HELD_OUT}
     layers = (Layers(test["all"]), *([Request(test["all"], data.tokenizer)] if data.tales else []))

@@ -1194,7 +1194,7 @@ def other_versions(
 
 
 def fill(
-    store: Store,  # an empty one
+    store: Store,  # where none of them is
     many: Iterable[Run],  # with weights of one shape
 ) -> None:
     "Keep runs as if each had been trained, and all had come to the same weights, which lie on the disk once."

@@ -446,10 +446,12 @@ def curves(
     x: str = "step of fine-tuning",  # what `step` is
     guess: float | None = None,  # what giving the most frequent answer always would come to
 ) -> Figure:
-    "Mean and range over seeds of curves, in a panel for each row and column; the range for the least and the highest alone of more than six. Figs. 18–30, 60–78."
+    "Mean and range over seeds of curves, in a panel for each row and column; of more than six lines that stand for numbers the range for the least and the highest alone. Figs. 18–30, 60–78."
     rows, columns = _values(table, row), _values(table, column)
     lines, kinds = _values(table, hue), _values(table, dash)
-    palette = "flare" if pd.api.types.is_numeric_dtype(table[hue]) else "colorblind"
+    numbers = pd.api.types.is_numeric_dtype(table[hue])
+    many = numbers and len(lines) * len(kinds) > 6  # whose ranges would hide each other
+    palette = "flare" if numbers else "colorblind"
     colours = dict(zip(lines, sns.color_palette(palette, len(lines))))
     colours |= _fixed(lines) if hue != "c_tr" else _share_colours(lines)
     size = (2.9 * len(columns) + 1.9, 2.3 * len(rows) + 0.3)
@@ -461,7 +463,7 @@ def curves(
             here = here[:0]
         for (i, (line, colour)), (kind, style) in itertools.product(enumerate(colours.items()), zip(kinds, _DASHES)):
             width = 1 + 4 * (1 - (i + 1) / len(lines))  # so that of lines that coincide each is seen
-            band = len(lines) * len(kinds) <= 6 or (line in (min(lines), max(lines)) and kind == kinds[0])  # more hide each other
+            band = not many or (line in (min(lines), max(lines)) and kind == kinds[0])
             _mean_and_range(ax, _of(here[here[hue] == line], dash, kind), band=band, color=colour, ls=style, lw=width)
         _steps_axis(ax, table["step"], x)
         if guess:
@@ -505,7 +507,7 @@ def heat(
     rates: dict[str, float],  # name → learning rate
     title: str,  # of the figure; scale and seeds are added
 ) -> Figure:
-    "Mean accuracy over seeds, in %, at the end: a panel of cells for each value of a column."
+    "Mean accuracy over seeds, in %: a panel of cells for each value of a column."
     panels = _values(table, column)
     order = _values(table, down), _values(table, across)
     size = (1.1 * len(panels) * len(order[1]) + 1.2, 0.42 * len(order[0]) + 1.0)

@@ -223,8 +223,8 @@ def generate(
         logits = model(ids[:, read:t], last=True, cache=cache)
         read = t if cached else 0
         ids[:, t] = torch.where(given[:, t], ids[:, t], torch.where(over, end, _drawn(logits, temperature, chance)))
-        over |= (~given[:, t] & (ids[:, t] == end)) | (t + 1 >= last)
-        if over.all():
+        over |= ~given[:, t] & (ids[:, t] == end)
+        if (over | (t + 1 >= last)).all():
             break
     return [_until(row[length : length + n].tolist(), end) for row, length in zip(ids, lengths)]
 

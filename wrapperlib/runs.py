@@ -799,7 +799,7 @@ def locked(
     "Hold a lock of processes, and know whether it is held: some file systems have none. Raises `NotWritten`."
     lock = FileLock(path, **_NO_MARKER)
     with _writing(lock.lock_file):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         while not _acquired(lock):
             if waiting:
                 waiting()

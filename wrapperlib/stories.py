@@ -265,11 +265,23 @@ class Shards:
         "Raises `BadInput` for a folder that is unfinished or whose files are not as they were written: they are a part of the address of what is trained on them."
         path = Path(folder) / "shards.json"
         about = _json(path)
-        there = isinstance(about, dict) and {"files", "vocabulary", "counts"} <= about.keys()
-        there = there and all(_digest(path.with_name(name)) == digest for name, (_, digest) in about["files"].items())
+        there = _has(about, files=dict, vocabulary=int, counts=dict) and about["files"] and _as_written(path.parent, about["files"])
         check(there, "folder of shards", folder, "one that `write_shards` has finished, unchanged")
         digest = hashlib.sha256(json.dumps(about["files"]).encode()).hexdigest()[:16]
         return Shards(digest, about["vocabulary"], str(Path(folder).resolve()), json.dumps(about))
+
+
+def _has(about, **kinds: type) -> bool:
+    "Whether this is a dictionary that has values of these kinds."
+    return isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
+
+
+def _as_written(folder: Path, files: dict) -> bool:
+    "Whether these are files of the folder with the digests that were noted beside their sizes."
+    try:
+        return all(Path(name).name == name and _digest(folder / name) == digest for name, (_, digest) in files.items())
+    except (TypeError, ValueError):
+        return False
 
 
 def _json(path: Path) -> dict | None:
@@ -311,7 +323,7 @@ def _write_shards(folder: Path, source, name: str, tokenizer, variant: str, per_
     )
     begun = _json(folder / "begun.json") or dict(means=means, files={}, read=0, kept=0, tokens=0)
     check(
-        isinstance(begun, dict) and begun.get("means") == means,
+        _has(begun, means=dict, files=dict, read=int, kept=int, tokens=int) and begun["means"] == means,
         "folder of shards",
         folder,
         "an empty one, or one begun with the same source, tokenizer and variant",
