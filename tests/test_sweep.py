@@ -87,7 +87,7 @@ def test_stories_are_found_and_never_made_by_what_only_looks(tmp_path, monkeypat
     (out / "stories" / "of another source").mkdir(parents=True)
     assert said() == not_yet
     whole = sweep.read("exp_stories", keep=True, scale="smoke", device="cpu", out=str(out))
-    n = 2 + 4 * 2 * 2 + (2 + 3 * 2) * 3 + 1  # pretraining, deletions and what only trains on, reFT, the judge
+    n = 2 + (4 * 2 * 2 + 2) + (2 + 3 * 2 + 2) * 3 + 1  # pretraining, deletions and what only trains on, reFT, the judge
     assert len(whole.runs) == n and said() == (n, f"{n} × new")
     assert sweep.read("exp_stories", scale="smoke", out=str(out)).plan == whole.plan
     [tokens] = (out / "stories").glob("tales-*")
