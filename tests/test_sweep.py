@@ -758,7 +758,7 @@ def test_the_plan_predicts_what_is_measured(tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_shape_is_killed_goes_on_and_takes_what_was_predicted(tmp_path):
-    "Two hundred steps of pretraining at full shape, nothing measured on the way: a quarter of an hour on a core."
+    "Two hundred steps of pretraining at full shape, nothing measured on the way: a quarter of an hour on a core, half an hour without AVX-512."
     asked = {"scale": "paper", "recipe.steps": 200}
     run = replace(sweep.one_run("pretraining", **asked), measures=())
     predicted = sweep.seconds_of(run, sweep.measured_kinds([run])[sweep.kind(run)][0])
