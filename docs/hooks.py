@@ -362,7 +362,7 @@ def defined() -> dict[str, str]:
     for path in library():
         for cell in notebook(path)["cells"]:
             if "#| export" in source(cell):
-                for name in re.findall(r'(?<!=)\(\s*"([CS]\d+\w?)",', source(cell)):
+                for name in re.findall(r'(?<!=)\(\s*"([CS]\d+\w?)"[,)]', source(cell)):
                     found.setdefault(name, a("defined", path, f"#cell-id={cell['id']}"))
     return found
 

@@ -563,7 +563,7 @@ def test_randft_claims_hold_and_fail():
 
 
 def sweep_table(seeds, left, reach, control, shorter=None):
-    "`left` says what remains of `a` at η_M, given prior, C_Tr and the part of pretraining."
+    "`left` says what remains of `a` at η_M, given prior, C_Tr and the part of pretraining; `shorter` is when a control arrives that was pretrained for a part."
     rows, parts = [], []
     for prior, part, c_tr in itertools.product("HML", (1.0, 0.25, 0.05), (0.0, 1.0)):
         of = dict(prior=prior, part=part, c_tr=c_tr)

@@ -190,17 +190,7 @@ def test_an_installed_library_has_all_modules_and_asks_for_no_notebook_tool(tmp_
         copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
         source.mkdir(exist_ok=True)
         copy(REPO / name, source / name)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(site),
-        str(source),
-    ]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(pip, check=True, capture_output=True)
     assert {p.name for p in (site / "wrapperlib").glob("*.py")} == {p.name for p in (REPO / "wrapperlib").glob("*.py")}
     assert (site / "wrapperlib" / "paper_tables.csv").is_file()

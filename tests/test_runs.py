@@ -274,7 +274,7 @@ def test_workers_leave_when_their_parent_is_killed_and_the_rest_is_done_later(re
         time.sleep(0.1)
     wanted = [a_run(Domain(length=24, window=16, nth=2), steps=steps, seed=s) for s in (0, 1)]
     assert not any(map(store.finished, wanted)) and not list(store.root.glob("*-*"))
-    assert train_all(store, wanted, workers=1, quiet=True)["trained"] == 2
+    assert train_all(store, wanted, workers=2, quiet=True)["trained"] == 2
     assert all(map(store.verify, wanted))
 
 

@@ -315,7 +315,7 @@ def test_one_pretraining_and_one_fine_tuning_step_at_the_papers_full_shape():
     model = base.fresh_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     for run in (base, fine_tuning(paper, base, 1.0), reverse(paper, base)):
-        one = replace(run.recipe, steps=1, batch=16)  # which are two parts, as the whole batch is many
+        one = replace(run.recipe, steps=1)
         log = train(model, run.stream, one, seed=0)
         assert math.isfinite(log[-1]["value"])
         assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())

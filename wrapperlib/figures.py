@@ -449,9 +449,7 @@ def curves(
     "Mean and range over seeds of curves, in a panel for each row and column; of more than six lines that stand for numbers the range for the least and the highest alone. Figs. 18–30, 60–78."
     rows, columns = _values(table, row), _values(table, column)
     lines, kinds = _values(table, hue), _values(table, dash)
-    numbers = pd.api.types.is_numeric_dtype(table[hue])
-    many = numbers and len(lines) * len(kinds) > 6  # whose ranges would hide each other
-    palette = "flare" if numbers else "colorblind"
+    palette = "flare" if pd.api.types.is_numeric_dtype(table[hue]) else "colorblind"
     colours = dict(zip(lines, sns.color_palette(palette, len(lines))))
     colours |= _fixed(lines) if hue != "c_tr" else _share_colours(lines)
     size = (2.9 * len(columns) + 1.9, 2.3 * len(rows) + 0.3)
@@ -461,10 +459,7 @@ def curves(
         if here.dropna(subset=[name for name in (row, column) if name]).empty:  # but for what is in every panel
             ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center", color="0.5")
             here = here[:0]
-        for (i, (line, colour)), (kind, style) in itertools.product(enumerate(colours.items()), zip(kinds, _DASHES)):
-            width = 1 + 4 * (1 - (i + 1) / len(lines))  # so that of lines that coincide each is seen
-            band = not many or (line in (min(lines), max(lines)) and kind == kinds[0])
-            _mean_and_range(ax, _of(here[here[hue] == line], dash, kind), band=band, color=colour, ls=style, lw=width)
+        _draw(ax, here, hue, colours, dash, kinds)
         _steps_axis(ax, table["step"], x)
         if guess:
             _guessed([ax], guess)
@@ -477,6 +472,16 @@ def curves(
     _legend(axes[0][-1], {_said(hue, line, rates): colour for line, colour in colours.items()}, styles, **place)
     _headline(fig, f"{title}, {_seeds(table['seed'].nunique())}")
     return fig
+
+
+def _draw(ax, here: pd.DataFrame, hue: str, colours: dict, dash: str | None, kinds: list):
+    "A panel's lines; of many that stand for numbers, whose ranges would hide each other, the least and the highest with theirs."
+    lines = list(colours)
+    many = pd.api.types.is_numeric_dtype(here[hue]) and len(lines) * len(kinds) > 6
+    for (i, (line, colour)), (kind, style) in itertools.product(enumerate(colours.items()), zip(kinds, _DASHES)):
+        width = 1 + 4 * (1 - (i + 1) / len(lines))  # so that of lines that coincide each is seen
+        band = not many or (line in (min(lines), max(lines)) and kind == kinds[0])
+        _mean_and_range(ax, _of(here[here[hue] == line], dash, kind), band=band, color=colour, ls=style, lw=width)
 
 
 def _fixed(lines: list) -> dict:

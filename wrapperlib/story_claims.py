@@ -227,6 +227,19 @@ def _selective(t: StorySeed, feature: str) -> Value:
     return right - control
 
 
+def _had(i: str, statement: str, feature: str, where: str, paper: str = "not given") -> Claim:
+    return Claim(
+        i,
+        statement,
+        f"accuracy of probes for {'the request' if feature == REQUEST else feature} {where} − that with shuffled labels, Present",
+        ">=",
+        0.10,
+        lambda t: _selective(t, feature),
+        paper,
+        exploratory=True,
+    )
+
+
 def _worst_read(t: StorySeed, feature: str = TWIST) -> Value:
     "What probes lose by a deletion, the most over the protocols, at η_S."
     had = _read(t, "Present", feature, "pretraining")
@@ -267,25 +280,8 @@ STORY_CLAIMS = (
         lambda t: _share(t, CONTROL, "pretraining"),
         "12 % (Table 1)",
     ),
-    Claim(
-        "S33",
-        "Of the pretrained model probes read the twist.",
-        "accuracy of probes for Twist over the later half of the blocks − that with shuffled labels, Present",
-        ">=",
-        0.10,
-        lambda t: _selective(t, TWIST),
-        ".94 (Fig. 11)",
-        exploratory=True,
-    ),
-    Claim(
-        "S52",
-        "And foreshadowing.",
-        "accuracy of probes for Foreshadowing over the later half of the blocks − that with shuffled labels, Present",
-        ">=",
-        0.10,
-        lambda t: _selective(t, OTHER),
-        exploratory=True,
-    ),
+    _had("S33", "Of the pretrained model probes read the twist.", TWIST, "over the later half of the blocks", ".94 (Fig. 11)"),
+    _had("S52", "Of the pretrained model probes read foreshadowing.", OTHER, "over the later half of the blocks"),
     Claim(
         "S53",
         "At η_S F+RR makes twists vanish, too.",
@@ -349,7 +345,7 @@ STORY_CLAIMS = (
     ),
     Claim(
         "C8l",
-        "Nor is that for the further stories that it has seen.",
+        "Nor is that because it has seen more stories.",
         f"loss on twist stories {_REFT}, Not in PT after F at η_M − F+RR at η_M, nats",
         ">=",
         0.003,
@@ -400,15 +396,7 @@ STORY_CLAIMS = (
         rests_on=("S52",),
         exploratory=True,
     ),
-    Claim(
-        "S34",
-        "Where a tale turns, probes of the pretrained model read whether a twist was asked for.",
-        "accuracy of probes for the request where it is read best − that with shuffled labels, Present",
-        ">=",
-        0.10,
-        lambda t: _selective(t, REQUEST),
-        exploratory=True,
-    ),
+    _had("S34", "Where a tale turns, probes of the pretrained model read whether a twist was asked for.", REQUEST, "where it is read best"),
     Claim(
         "C8j",
         "They read it in deleted models better than in the control.",
