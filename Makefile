@@ -142,7 +142,7 @@ docs-serve: $(SITE)
 test test-slow: export PIP_CONSTRAINT := $(PINS)
 test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes each and is skipped by `make test`: kills, a cluster, predictions of time. One at a time, for some measure time.
 test-slow: $(CLUSTER) $(COMPILER) $(SITE) $(TOKENS)

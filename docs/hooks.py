@@ -32,6 +32,8 @@ SCALES = ("desk", "paper", "desk_paper", "smoke")  # whose results are linked fi
 MEASURED = ("bench_", "faults")  # what is no experiment of the paper's
 VARIANTS = ("index", "quarter")  # what a folder's name says beside the scale
 VERDICTS = dict(holds="✓ holds", fails="✗ fails", inconclusive="? inconclusive")
+SAME = {"outputs/VERDICTS.md": "claims.md", "README.md": "index.md"}  # what the site has a page for
+FROM_PAGES = "../../"  # a page of docs/pages can be read in the repository, too: it links from where it lies
 ROOM = re.compile(r"\d\d_")
 
 
@@ -120,9 +122,9 @@ def where(
 def executed(
     address: str,  # a link's target, from the repository's root
 ) -> str:
-    "Where a reader wants to arrive: at the executed copy of an experiment, at the claims' page."
-    if address == "outputs/VERDICTS.md":
-        return "claims.md"
+    "Where a reader wants to arrive: at the executed copy of an experiment, at the site's page of claims and at its first."
+    if address in SAME:
+        return SAME[address]
     copies = [p for p in results() if address == f"nbs/{p.name}"]
     return where(copies[0]) if copies else address
 
@@ -575,6 +577,7 @@ def on_config(config):
     waiting = {kind: [p for p in not_run() if p.stem.startswith(kind)] for kind in found}
     config.nav = [
         {"Home": "index.md"},
+        {"Results": "results.md"},
         {"Explorer": "explorer.md"},
         {"Claims": "claims.md"},
         {"Paper and ours": "paper.md"},
@@ -584,6 +587,12 @@ def on_config(config):
         {"How to": ["howto/index.md", *entries(howtos(), title)]},
     ]
     return config
+
+
+def pictures() -> list[Path]:
+    "What README.md and the pages that are written by hand show of the results."
+    texts = [(REPO / "README.md").read_text(), *(p.read_text() for p in sorted((HERE / "pages").glob("*.md")))]
+    return [REPO / p for text in texts for p in re.findall(r"!\[[^]]*\]\((?:\.\./\.\./)?(outputs/[^)]+)\)", text)]
 
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
@@ -596,8 +605,7 @@ def on_files(files, config):
         page.write_text(json.dumps(as_read(path)))
         files.append(File(where(path), str(made), config.site_dir, config.use_directory_urls))
     data = [p for r in results() for p in [*r.parent.glob("*.csv"), *r.parent.glob("claims.json")]]
-    pictures = [REPO / p for p in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (REPO / "README.md").read_text())]
-    for path in {*data, *pictures}:
+    for path in {*data, *pictures()}:
         files.append(File.generated(config, where(path), abs_src_path=str(path)))
     files.append(File.generated(config, "assets/explorer.js", content=explorer.script()))
     return files
@@ -623,7 +631,7 @@ def link_in_markdown(found: re.Match, page: str, files) -> str:
     target, _, anchor = found[3].partition("#")
     if re.match(r"[a-z]+:", target) or not target:
         return found[0]
-    at = executed(posixpath.normpath(target))
+    at = executed(posixpath.normpath(target.removeprefix(FROM_PAGES)))
     if files.get_file_from_path(at) is None:
         return found[2]
     at = posixpath.relpath(at, posixpath.dirname(page))

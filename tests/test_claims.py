@@ -324,6 +324,11 @@ def test_claims_without_their_curves_are_not_judged():
     assert verdict_table(only_h).loc["C4a", "value [90 % interval]"] == "–"
 
 
+def test_claims_that_name_a_rate_need_its_size():
+    with pytest.raises(BadInput, match=r"rates is \{\}; allowed: learning rates by name, η_M among them"):
+        judge_each(REVIVAL_CLAIMS, experiment(1, dict(H=1, M=10, L=30, scr=300)))
+
+
 def verdicts(claims, table):
     return {row["id"]: row["verdict"] for row in judge_each(claims, table, RATES, 512)}
 

@@ -94,9 +94,10 @@ def test_the_committed_results_are_whole(committed):
         assert papermill["end_time"] and not papermill["exception"]
 
 
-def test_links_in_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", (REPO / "README.md").read_text()):
-        assert target.startswith("http") or (REPO / target).exists(), target
+@pytest.mark.parametrize("name", ["README.md", "docs/pages/results.md"])
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / name).read_text()):
+        assert target.startswith("http") or (REPO / name).parent.joinpath(target).exists(), target
 
 
 def test_every_module_has_a_notebook():

@@ -172,7 +172,8 @@ def test_a_folder_of_results_that_appears_has_a_page_without_anything_else(built
     shutil.copytree(CONVERTED, tmp_path / "build" / CONVERTED.name)  # what others had to be converted for
     for name in ("docs", "nbs", "wrapperlib", "README.md"):
         (tmp_path / name).symlink_to(REPO / name)
-    shown = re.findall(r"\]\(outputs/(\w+/\w+)/\w+\.png\)", (REPO / "README.md").read_text())
+    texts = "".join((REPO / name).read_text() for name in ("README.md", "docs/pages/results.md"))
+    shown = re.findall(r"\]\((?:\.\./\.\./)?outputs/(\w+/\w+)/\w+\.png\)", texts)
     for folder in {*shown, "exp_behavior/desk", "exp_probing/desk"}:  # whose figures pages show
         shutil.copytree(REPO / "outputs" / folder, tmp_path / "outputs" / folder)
     shutil.copytree(REPO / "outputs/exp_revival/desk", tmp_path / "outputs/exp_revival/paper")

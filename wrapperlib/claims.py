@@ -178,11 +178,14 @@ class OneSeed:
         c_te: float | None = 0.0,  # share of test strings with the spurious correlation; None: the results know none
         **labels,  # further columns; `rate` is the name of the way back's, `ft_rate` that of fine-tuning's
     ) -> pd.DataFrame:
-        "The rows of one curve; raises `NotMeasured`."
+        "The rows of one curve; raises `NotMeasured`, and `BadInput` where the rate's name is not among `rates`."
         labels = dict(protocol=protocol, metric=metric, **labels) | ({} if c_te is None else dict(c_te=c_te))
         for name, column in dict(rate="re_lr", ft_rate="ft_lr").items():
             if name in labels:
-                labels[column] = self.rates[labels.pop(name)]
+                asked = labels.pop(name)
+                allowed = f"learning rates by name, {asked} among them, e.g. SCALES['desk'].rates"
+                check(asked in self.rates, "rates", self.rates, allowed)
+                labels[column] = self.rates[asked]
         rows = self.table
         for column, value in labels.items():
             rows = rows[rows[column] == value]
@@ -1164,6 +1167,9 @@ MIXING_CLAIMS = (
 _NAMED = ("acc_opt", "acc_j1", "acc_j2")  # counting `a` by T_NJ, T_J1 and T_J2
 
 
+_OTHER_NAMES = _NAMED[1:]  # that fine-tuning does not show
+
+
 def _by(t: OneSeed, prior: str, *metrics: str) -> Value:
     "The lowest accuracy by these names after C_Tr = 1 at η_M."
     return _least(t.tuned(metric, prior, "η_M") for metric in metrics)
@@ -1200,7 +1206,7 @@ JAILBREAK_CLAIMS = (
         "the lower of acc_j1 and acc_j2 after fine-tuning, prior H, C_Tr = 1, η_M",
         ">=",
         0.95,
-        lambda t: _by(t, "H", "acc_j1", "acc_j2"),
+        lambda t: _by(t, "H", *_OTHER_NAMES),
         "perfectly (Fig. 24)",
         rests_on=("S22",),
     ),
@@ -1219,19 +1225,20 @@ JAILBREAK_CLAIMS = (
         "the lower of acc_j1 and acc_j2 − acc_opt after fine-tuning, prior H, C_Tr = 1, η_M",
         ">=",
         0.30,
-        lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "H", "acc_opt"),
+        lambda t: _by(t, "H", *_OTHER_NAMES) - _by(t, "H", "acc_opt"),
         rests_on=("S22", "S28"),
         exploratory=True,
     ),
     Claim(
         "C6i",
         "If the prior of O_FT was low, the other names are wrapped, too.",
-        "the lower of acc_j1 and acc_j2 after fine-tuning, prior H − prior L, C_Tr = 1, η_M",
+        "the lower of acc_j1 and acc_j2 after fine-tuning, prior H − the higher of them, prior L, C_Tr = 1, η_M",
         ">=",
         0.30,
-        lambda t: _by(t, "H", "acc_j1", "acc_j2") - _by(t, "L", "acc_j1", "acc_j2"),
+        lambda t: _by(t, "H", *_OTHER_NAMES) - _most(t.tuned(metric, "L", "η_M") for metric in _OTHER_NAMES),
         "Fig. 24",
         rests_on=("S22", "S23"),
+        exploratory=True,
     ),
     Claim(
         "C6j",
