@@ -32,7 +32,11 @@ SCALES = ("desk", "paper", "desk_paper", "smoke")  # whose results are linked fi
 MEASURED = ("bench_", "faults")  # what is no experiment of the paper's
 VARIANTS = ("index", "quarter")  # what a folder's name says beside the scale
 VERDICTS = dict(holds="✓ holds", fails="✗ fails", inconclusive="? inconclusive")
-SAME = {"outputs/VERDICTS.md": "claims.md", "README.md": "index.md"}  # what the site has a page for
+SAME = {
+    "outputs/VERDICTS.md": "claims.md",
+    "docs/pages/results.md": "results.md",
+    "README.md": "index.md",
+}  # what the site has a page for
 FROM_PAGES = "../../"  # a page of docs/pages can be read in the repository, too: it links from where it lies
 ROOM = re.compile(r"\d\d_")
 
@@ -122,7 +126,7 @@ def where(
 def executed(
     address: str,  # a link's target, from the repository's root
 ) -> str:
-    "Where a reader wants to arrive: at the executed copy of an experiment, at the site's page of claims and at its first."
+    "Where a reader wants to arrive: at the executed copy of an experiment, at the site's own page of claims, results or README."
     if address in SAME:
         return SAME[address]
     copies = [p for p in results() if address == f"nbs/{p.name}"]
@@ -592,7 +596,11 @@ def on_config(config):
 def pictures() -> list[Path]:
     "What README.md and the pages that are written by hand show of the results."
     texts = [(REPO / "README.md").read_text(), *(p.read_text() for p in sorted((HERE / "pages").glob("*.md")))]
-    return [REPO / p for text in texts for p in re.findall(r"!\[[^]]*\]\((?:\.\./\.\./)?(outputs/[^)]+)\)", text)]
+    return [
+        REPO / p
+        for text in texts
+        for p in re.findall(rf"!\[[^]]*\]\((?:{re.escape(FROM_PAGES)})?(outputs/[^)]+)\)", text)
+    ]
 
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks

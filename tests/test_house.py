@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tomllib
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import REPO, cells
-from wrapperlib.claims import as_markdown, in_short, page
+from wrapperlib.claims import as_markdown, in_short, judge_revival, page, shown
+from wrapperlib.protocols import SCALES
 
 NOTEBOOKS = sorted(REPO.glob("nbs/*.ipynb"))
 LIBRARY = [p for p in NOTEBOOKS if p.name[0].isdigit()]
@@ -54,10 +56,15 @@ def committed(tmp_path_factory):
     if not (REPO / ".git").exists():
         ignored = shutil.ignore_patterns("runs", "smoke*", "earlier")
         shutil.copytree(REPO / "outputs", folder / "outputs", ignore=ignored)
-        shutil.copy(REPO / "README.md", folder)
+        for name in ("README.md", "docs/pages/results.md"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, folder / name)
         return folder
     archive = subprocess.run(
-        ["git", "archive", "HEAD", "README.md", "outputs"], cwd=REPO, capture_output=True, check=True
+        ["git", "archive", "HEAD", "README.md", "docs/pages/results.md", "outputs"],
+        cwd=REPO,
+        capture_output=True,
+        check=True,
     )
     subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
     return folder
@@ -96,8 +103,26 @@ def test_the_committed_results_are_whole(committed):
 
 @pytest.mark.parametrize("name", ["README.md", "docs/pages/results.md"])
 def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / name).read_text()):
-        assert target.startswith("http") or (REPO / name).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", (REPO / name).read_text()):
+        path = (REPO / name).parent / target
+        assert target.startswith("http") or path.exists(), target
+        if anchor and path.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)", path.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], anchor
+
+
+def test_the_way_back_in_words_is_that_of_the_committed_results(committed):
+    table = pd.read_csv(committed / "outputs/exp_revival/desk/results.csv", low_memory=False)
+    desk = SCALES["desk"]
+    judged = [
+        judge_revival(t, desk.rates, desk.samples) for t in (table.query("seed < 3"), table.query("seed > 2"), table)
+    ]
+    text = (committed / "docs/pages/results.md").read_text()
+    for claims in zip(*judged):
+        [row] = re.findall(rf"^\| {claims[0]['id']} \|.*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.M)
+        for told, claim in zip(row, claims):
+            value = shown(claim) if claim["seeds"] else "not measured"
+            assert told.replace("*", "") == f"{value}, {claim['verdict']}", claim["id"]
 
 
 def test_every_module_has_a_notebook():
