@@ -566,6 +566,16 @@ FILLED = dict(
 )
 
 
+def pictures() -> list[Path]:
+    "What README.md and the pages that are written by hand show of the results."
+    texts = [(REPO / "README.md").read_text(), *(p.read_text() for p in sorted((HERE / "pages").glob("*.md")))]
+    return [
+        REPO / p
+        for text in texts
+        for p in re.findall(rf"!\[[^]]*\]\((?:{re.escape(FROM_PAGES)})?(outputs/[^)]+)\)", text)
+    ]
+
+
 # --- what MkDocs calls -----------------------------------------------------------------------------------------------------
 
 
@@ -591,16 +601,6 @@ def on_config(config):
         {"How to": ["howto/index.md", *entries(howtos(), title)]},
     ]
     return config
-
-
-def pictures() -> list[Path]:
-    "What README.md and the pages that are written by hand show of the results."
-    texts = [(REPO / "README.md").read_text(), *(p.read_text() for p in sorted((HERE / "pages").glob("*.md")))]
-    return [
-        REPO / p
-        for text in texts
-        for p in re.findall(rf"!\[[^]]*\]\((?:{re.escape(FROM_PAGES)})?(outputs/[^)]+)\)", text)
-    ]
 
 
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks

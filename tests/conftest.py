@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Before torch, and for every process that a test starts: there are as many as cores.
+# Before torch, and for every process that a test starts: there are at least as many as cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Figures are in their files; that a kernel draws them for the executed copy, too, costs as much again.
 os.environ["MPLBACKEND"] = "agg"

@@ -167,10 +167,7 @@ def test_priors_as_text():
 def test_the_readmes_example_runs_as_a_script(tmp_path):
     [example] = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
     script = tmp_path / "example.py"
-    for asked, few in (('SCALES["desk"]', 'SCALES["smoke"]'), ("seeds=3", "seeds=2")):
-        assert asked in example
-        example = example.replace(asked, few)
-    script.write_text(example)
+    script.write_text(example.replace('SCALES["desk"]', 'SCALES["smoke"]'))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "undecided: " in done.stdout  # smoke learns nothing

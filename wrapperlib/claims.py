@@ -1165,8 +1165,6 @@ MIXING_CLAIMS = (
 
 # %% ../nbs/11_claims.ipynb #c1bb08ca
 _NAMED = ("acc_opt", "acc_j1", "acc_j2")  # counting `a` by T_NJ, T_J1 and T_J2
-
-
 _OTHER_NAMES = _NAMED[1:]  # that fine-tuning does not show
 
 
