@@ -76,7 +76,7 @@ tracr tracr_readings: $(READY)
 paper status plan: $(TOKENS)
 paper status: $(if $(filter ray,$(ENGINE)),$(CLUSTER))
 	@$(BIN)/python -m wrapperlib.sweep $@ --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --out '$(OUT)' --workers '$(WORKERS)' \
-	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(FAIL_FAST),--fail-fast)
+	--engine '$(ENGINE)' --address '$(ADDRESS)' --gpus '$(GPUS)' $(if $(filter-out 0,$(FAIL_FAST)),--fail-fast)
 
 plan:
 	@$(BIN)/python -m wrapperlib.sweep plan --scale '$(SCALE)' --seeds '$(SEEDS)' --device '$(DEVICE)' --data '$(DATA)' --gpus '$(GPUS)' --out '$(OUT)'
@@ -144,8 +144,9 @@ test: $(COMPILER) $(SITE) $(TOKENS)
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
-# What takes minutes each and is skipped by `make test`: kills, a cluster, predictions of time. One at a time, for some measure time.
+# What is skipped by `make test`: what needs Ray, and what takes minutes each (kills, a cluster, predictions of time), one at a time, for some measure time.
 test-slow: $(CLUSTER) $(COMPILER) $(SITE) $(TOKENS)
+	$(BIN)/pytest tests/test_sweep.py
 	$(BIN)/pytest -m slow -n 0
 
 export: $(READY)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -64,7 +65,23 @@ def test_the_slow_tests_have_a_target_that_installs_what_they_need():
     done = make("-n", "--always-make", "test-slow")
     assert done.returncode == 0, done.stderr
     assert ".[cluster]" in done.stdout and done.stdout.rstrip().endswith("pytest -m slow -n 0")
+    assert "pytest tests/test_sweep.py\n" in done.stdout  # whose quick ones are skipped where there is no Ray
     assert "make test-slow" in (REPO / "Makefile").read_text().splitlines()[0]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_job_on_a_cluster_installs_nothing_that_the_how_to_has_not_installed():
+    made = re.search(r"Once, .*?`make ([^`]*)`", (REPO / "nbs/howto_cluster.ipynb").read_text())[1].split()
+    paper = "paper", "SCALE=paper", "ENGINE=ray", "ADDRESS=head:6379"
+    assert "pip install" in make("-n", "--always-make", *paper).stdout
+    kept = [argument for stamp in (".venv/.ready", *made) for argument in ("-o", stamp)]
+    assert "pip install" not in make("-n", *kept, *paper).stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_fail_fast_is_asked_for_by_anything_but_nothing_and_0():
+    asked = ["--fail-fast" in make("-n", "paper", *given).stdout for given in ((), ("FAIL_FAST=0",), ("FAIL_FAST=1",))]
+    assert asked == [False, False, True]
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

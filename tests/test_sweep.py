@@ -516,6 +516,12 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path, capsys, monkeyp
         (["grid", "none.yaml", "--fail-fast"], "--fail-fast is True; allowed: nothing after grid"),
         (["train", "exp_revival", "--workers", "2"], "--workers is '2'; allowed: nothing after train"),
         (["train", "exp_revival", "--engine", "ray"], "--engine is 'ray'; allowed: nothing after train"),
+        (["plan", "--engine", "ray"], "--engine is 'ray'; allowed: nothing after plan"),
+        (["plan", "--workers", "8"], "--workers is '8'; allowed: nothing after plan"),
+        (["paper", "--address", "head:6379"], "address is 'head:6379'; allowed: nothing, unless the engine is ray"),
+        (["paper", "--gpus", "0.25"], "gpus is 0.25; allowed: 0, unless the engine is ray"),
+        (["status", "--gpus", "much"], "gpus is 'much'; allowed: 0, unless"),
+        (["grid", "none.yaml", "--address", "auto"], "address is 'auto'; allowed: nothing, unless"),
     ):
         assert sweep.main(arguments) == 2
         error = capsys.readouterr().err
@@ -529,7 +535,7 @@ def test_training_that_fails_on_the_command_line_is_one_sentence(tmp_path, capsy
         raise error
 
     (tmp_path / "mine.yaml").write_text(json.dumps(dict(of="pretraining", grid=SMALL)))
-    monkeypatch.setattr(sweep, "sweep", fails)
+    monkeypatch.setattr(sweep, "carry_out", fails)
     assert sweep.main(["grid", str(tmp_path / "mine.yaml"), "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
 
@@ -845,8 +851,25 @@ class Immediately:
         raise AssertionError("nothing is cancelled")
 
 
-def on_ray(monkeypatch, store, missing, fails=None, engine=None, **given):
-    made = Immediately(fails or {}, **given)
+class Later(Immediately):
+    "Each task waits until it is asked for, as on a cluster that has fewer cores than tasks."
+
+    cancelled = ()
+
+    def _begin(self, function, *given):
+        self.ended[job := len(self.ended)] = function, given
+        return job
+
+    def get(self, job):
+        function, given = self.ended[job]
+        return super().get(super()._begin(function, *given))
+
+    def cancel(self, job, force):
+        self.cancelled = (*self.cancelled, job)
+
+
+def on_ray(monkeypatch, store, missing, fails=None, engine=None, made=None, **given):
+    made = made or Immediately(fails or {}, **given)
     monkeypatch.setattr(sweep, "_ray", lambda: made)
     return train_all(store, missing, engine=engine or sweep.Ray())
 
@@ -880,8 +903,42 @@ def test_a_node_that_does_not_suit_is_refused_and_nothing_more_is_begun(tmp_path
     store, wanted = Store(tmp_path / "runs"), sweep.read("exp_revival", scale="smoke", priors="L").runs
     monkeypatch.setattr(sweep, "_await", lambda path: path.parent == store.root and not path.name.startswith(".seen"))
     with pytest.raises(BadInput, match=r"store is .*allowed: a folder that all nodes share"):
-        on_ray(monkeypatch, store, wanted)
+        on_ray(monkeypatch, store, wanted, made=Later({}))
     assert not [run for run in wanted if store.finished(run)]
+
+
+def test_a_node_that_does_not_suit_takes_nothing_more_while_others_do_well(tmp_path, monkeypatch):
+    made, store = Later({}), Store(tmp_path / "runs")
+    wanted = [sweep.one_run("pretraining", scale="smoke", seed=seed) for seed in range(5)]
+    ours, asked = sweep.address, []
+
+    def other_on_the_second(run):  # once where the task is given away, and once where it is done
+        asked.append(run)
+        return ours(run) + "!" * (len(asked) == len(wanted) + 2)
+
+    monkeypatch.setattr(sweep, "address", other_on_the_second)
+    with pytest.raises(BadInput, match=r"wrapperlib is 'another one on .*allowed: the one the sweep was started with"):
+        on_ray(monkeypatch, store, wanted, made=made)
+    assert sum(map(store.finished, wanted)) == 1 and len(made.cancelled) == 3
+
+
+def test_a_run_that_does_not_appear_is_told_so_and_not_called_damaged(tmp_path, monkeypatch):
+    store, wanted = Store(tmp_path / "runs"), sweep.read("exp_revival", scale="smoke", priors="L").runs
+    monkeypatch.setattr(sweep, "_await", lambda path: path.name.startswith(".seen"))
+    with pytest.raises(
+        RuntimeError, match=r"runs/\w+-\w+ is finished, but .* does not see it; nothing is lost, start again"
+    ):
+        on_ray(monkeypatch, store, wanted)
+
+
+def test_a_class_of_the_script_is_refused_on_ray_for_no_other_node_knows_it(tmp_path, monkeypatch):
+    run = sweep.one_run("pretraining", scale="smoke")
+    mine = type("Mine", (type(run.stream),), {"__module__": "__main__"})
+    monkeypatch.setattr(sweep.runs, "_kinds", lambda _: {mine})
+    with pytest.raises(
+        BadInput, match="part of a run is 'Mine'; allowed: classes of a module that all nodes can import"
+    ):
+        on_ray(monkeypatch, Store(tmp_path / "runs"), [run])
 
 
 @pytest.mark.parametrize(

@@ -390,7 +390,9 @@ def what_it_says(
         found = {f"{word}({O_PT})": said == opt, f"{word}({O_PT}) + 1": said == opt + 1, f"{word}({O_FT})": said == oft}
         found["other"] = ~sum(found.values()).bool()
         shares = {what: where.float().mean().item() for what, where in found.items()}
-        rows[labels["prior"], labels["c_tr"], labels["seed"]] = shares
+        key = labels["prior"], labels["c_tr"], labels["seed"]
+        check(key not in rows, "plan", f"one with several models of prior {key[0]}, C_Tr {key[1]}, seed {key[2]}", "fine-tunings at one rate")
+        rows[key] = shares
     return pd.DataFrame(rows).T.rename_axis(["prior", "C_Tr", "seed"])
 
 # %% ../nbs/10_protocols.ipynb #2d292da2
@@ -489,7 +491,8 @@ def carry_out(
     "Say the price, train what is missing, and return the results and what `train_all` says of itself."
     wanted = with_starts(run for _, run in plan)
     known = {run: store.verify(run) for run in wanted}  # before anything is paid for
-    if hours := estimate(store, plan, device, 1 if engine else workers):
+    elsewhere = getattr(engine, "gpus", 0)  # a step of this process's device says nothing of GPUs that train
+    if not elsewhere and (hours := estimate(store, plan, device, 1 if engine else workers)):
         print(f"about {_duration(hours)} of training{' for one worker' if engine else ''}, by a step measured on {device}{' here' if engine else ''}")
     done = train_all(store, wanted, device, workers, engine=engine, known=known)
     return results(store, plan, known), done

@@ -20,6 +20,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -800,14 +801,20 @@ def locked(
     lock = FileLock(path, **_NO_MARKER)
     with _writing(lock.lock_file):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        began, told = time.monotonic(), False
         while not _acquired(lock):
             if waiting:
                 waiting()
+            if not told and time.monotonic() - began > _LONG_WAIT:
+                told = True
+                logging.getLogger(__name__).warning("waits for %s, which another process holds", path)
     try:
         yield lock.is_locked
     finally:
         lock.release()
 
+
+_LONG_WAIT = 30  # seconds, after which it is said once; a lock of a machine that is lost may be held for good
 
 # where there are no locks, newer versions would leave a marker instead, on which everybody waits for ever once its owner is killed
 _NO_MARKER = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
@@ -1401,11 +1408,10 @@ def publish(
     contents |= _drawn(figures)
     about = about | {"files": {name: _digest(data, 64) for name, data in contents.items()}}
     about["checksum"] = _checksum(about)
-    folder, new = Path(folder), f".new-{uuid.uuid4().hex[:8]}"
+    folder, new = Path(folder), f".new.{_passing()}"
     everything = contents | {"provenance.json": (json.dumps(about, indent=1) + "\n").encode()}
     with _alone_in(folder), _writing(folder):
-        for left in folder.glob(".new-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        remove_left(folder.glob(".new.*"), held=True)  # by a process that was killed
         try:
             for name, data in everything.items():  # all of it is on the disk before anything is replaced
                 write_whole(folder / new / name, data)

@@ -298,17 +298,25 @@ def paper(
     out = writable("out", out)
     rows, known = {}, {}
     if engine:
+        print("=== training", flush=True)
         rows["training"], known = _train_first(
             asked, Store(out / "runs"), PARAMETERS["device"]("device", device), workers, engine
         )
+        _tell(rows["training"])
     for experiment in asked:
         if fail_fast and any(row["failed"] for row in rows.values()):
             break
         name = str(experiment.folder)
         said = known.get(name, {})
         rows[name] = row = said if said.get("failed") else _execute(experiment, out) | said
-        print(f"    {row['failed'] or row['verdicts']} · {row['minutes']:.1f} minutes", flush=True)  # the table comes at the end
+        _tell(row)
     return pd.DataFrame(rows).T.rename_axis("experiment").astype(dict(minutes=float)).round(dict(minutes=1))
+
+
+def _tell(row: dict) -> None:
+    "What came of it, at once; the table comes at the end."
+    came = row["failed"] or (row["verdicts"] if row["verdicts"] != "–" else "done")
+    print(f"    {came} · {row['minutes']:.1f} minutes", flush=True)
 
 
 def _row(began: float, **what) -> dict:
@@ -662,6 +670,9 @@ class Ray:
         "Train; returns the workers' peak memory in bytes."
         ray = _ray()
         check(self.gpus or device == "cpu", "gpus", self.gpus, "above 0 where the device is a GPU")
+        of_script = sorted(kind.__name__ for run in missing for kind in runs._kinds(run) if kind.__module__ == "__main__")
+        importable = "classes of a module that all nodes can import, not of the script that starts the sweep"
+        check(not of_script, "part of a run", ", ".join(dict.fromkeys(of_script)), importable)
         ours = self._connect(ray, workers)
         runs.remove_left(store.root.glob(".seen-*"))
         store, token = Store(store.root.absolute()), f".seen-{uuid.uuid4().hex}"
@@ -719,11 +730,11 @@ class Ray:
                     run = jobs.pop(job)
                     try:
                         peaks |= _outcome(ray, job, run)
-                        _await(store.path(run))
+                        _see(store, run)
                     except Exception as e:  # whatever happened to it, the others are to go on
                         queue.fail(run, e)
-                        if isinstance(e, _Unfit):
-                            queue.waiting.clear()
+                        if isinstance(e, _Unfit):  # it is free again at once, and would take all that wait for a node
+                            queue.end()
                     if line:
                         line.without(queue.gone)
                         work.end(run, run not in queue.failed)
@@ -731,7 +742,7 @@ class Ray:
                 if line:
                     line.show(work.done(jobs.values()), f"{len(jobs)} runs begun or waiting for a worker")
         finally:
-            for job in jobs:  # none, unless this process is told to stop
+            for job in jobs:  # none, unless a node does not suit or this process is told to stop
                 ray.cancel(job, force=True)
         queue.end()
         return sum(peaks.values())
@@ -855,16 +866,30 @@ def _train_on_node(root: Path, run: Run, expected: str, token: str, device: str,
         raise _Unfit(str(e)) from None
     runs._keep_memory()
     if run.start:
-        _await(Store(root).path(run.start))
+        _see(Store(root), run.start)
     train_run(Store(root), run, device, save_every=save_every)
     return {f"{where} {os.getpid()}": peak_memory()}
 
 
-def _await(path: Path, seconds: float = 60) -> bool:
+def _see(store: Store, run: Run) -> None:
+    "Wait for a run that another machine has finished. Raises `RuntimeError` if it does not appear here."
+    if not _await(store.path(run)):
+        where, seen = store.path(run), os.uname().nodename
+        raise RuntimeError(f"{run.name}: {where} is finished, but {seen} does not see it; nothing is lost, start again")
+
+
+def _await(path: Path, seconds: float = 120) -> bool:
     "Whether a file or folder is there; a shared file system may take a while to show what another machine has made."
     end = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < end:
+    while not (there := _looked_up(path)) and time.monotonic() < end:
         time.sleep(1)
+    return there
+
+
+def _looked_up(path: Path) -> bool:
+    "Whether it exists; its folder is opened first, for NFS may go on saying for a minute that what was not there is not there."
+    with contextlib.suppress(OSError):
+        os.scandir(path.parent).close()
     return path.exists()
 
 # %% ../nbs/13_sweep.ipynb #b3665094
@@ -996,6 +1021,7 @@ _UNLESS_GIVEN |= dict(fail_fast=False, engine="local", address="", gpus="0")
 _REFUSED = dict(
     grid=(("scale", "seeds", "data", "fail_fast"), "whose file says what is trained"),
     train=(("workers", "fail_fast", "engine", "address", "gpus"), "whose processes torchrun starts and counts"),
+    plan=(("workers", "fail_fast", "engine", "address"), "which counts what 1, 4 and 16 workers need"),
 )
 
 
@@ -1014,6 +1040,9 @@ def _do(given: dict) -> int:
     if a.what == "train":
         return _do_train(a, common)
     engine = Ray(a.address, _plain(a.gpus)) if one_of(["local", "ray"])("engine", a.engine) == "ray" else None
+    if not engine and a.what != "plan":  # they would be ignored in silence, and for days
+        check(not a.address, "address", a.address, "nothing, unless the engine is ray")
+        check(_plain(a.gpus) == 0, "gpus", _plain(a.gpus), "0, unless the engine is ray")
     left_out = {name for name, _ in EXPERIMENTS} - {name for name, _ in everything(a.scale, a.data)}
     if a.what != "grid" and left_out:
         why = "it needs --data (make: DATA), hub or a folder" if a.scale == "paper" else "not at this scale"
@@ -1056,12 +1085,13 @@ def _do_grid(a: argparse.Namespace, engine) -> int:
     began = time.perf_counter()
     store, failed = Store(p["out"] / "runs"), None
     try:
-        table = sweep(store, of, grid, p["device"], p["workers"], engine)
-    except (NotFinite, RuntimeError) as e:
+        table, done = carry_out(store, asked, p["device"], p["workers"], engine)
+    except (NotFinite, NotWritten, BadInput, RuntimeError) as e:
         if not (there := [(labels, run) for labels, run in asked if store.finished(run)]):
             raise
-        table, failed = results(store, there), e
-    about = runs.provenance(dict(of=of, grid=grid), dict(training=time.perf_counter() - began), p["device"])
+        table, done, failed = results(store, there), None, e
+    seconds = dict(training=time.perf_counter() - began)
+    about = runs.provenance(dict(of=of, grid=grid), seconds, p["device"], training=done)
     about |= dict(failed=_first_line(failed)) if failed else {}
     for path in runs.publish(p["out"] / "sweeps" / Path(a.file).stem, table, {}, about):
         print(path)
