@@ -464,7 +464,7 @@ REVIVAL_CLAIMS = (
         lambda t: t.steps_ratio("L", "H", "η_S"),
         "3 or more (Fig. 9: 3K against 0.1–1K steps)",
         ratio=True,
-        rests_on=("S1", *_HAD_AND_LOST),
+        rests_on=("S1", *_HAD_AND_LOST, "C1d"),
         exploratory=True,
     ),
     Claim(
@@ -476,7 +476,7 @@ REVIVAL_CLAIMS = (
         lambda t: t.steps_ratio("L", "M", "η_S"),
         "3 or more (Fig. 9: 3K against 0.1–1K steps)",
         ratio=True,
-        rests_on=("S4", *_HAD_AND_LOST),
+        rests_on=("S4", *_HAD_AND_LOST, "C1d"),
         exploratory=True,
     ),
     Claim(
@@ -486,7 +486,7 @@ REVIVAL_CLAIMS = (
         ">=",
         0.02,
         lambda t: _least(t.ahead(prior, "L", "η_S") for prior in "HM"),
-        rests_on=("S1", "S4", *_HAD_AND_LOST),
+        rests_on=("S1", "S4", *_HAD_AND_LOST, "C1d"),
         exploratory=True,
     ),
 )
@@ -687,23 +687,24 @@ def table_to_read(
 
 # %% ../nbs/11_claims.ipynb #b02431a2
 @lru_cache(maxsize=1000)
-def _paper(task: str, pretraining: str, rate: str, c_tr: float, metric: str, *priors: str) -> str:
-    "What the paper has for C_Te = 0 at the end, e.g. `100 and 85.7 % (Table 5)`."
+def _paper(task: str, pretraining: str, rate: str, c_tr: float, metric: str, *priors: str, at: int = 1) -> str:
+    "What the paper has for C_Te = 0 at the end, or before (at 0), e.g. `100 and 85.7 % (Table 5)`."
     cells = paper_tables().query(
-        "task == @task and pretraining == @pretraining and rate == @rate and c_tr == @c_tr and metric == @metric and c_te == 0 and at == 1"
+        "task == @task and pretraining == @pretraining and rate == @rate and c_tr == @c_tr and metric == @metric and c_te == 0 and at == @at"
     )
     cells = cells.set_index("prior")
     return " and ".join(f"{100 * cells.paper[p]:.3g}" for p in priors) + f" % (Table {cells.table.iloc[0]})"
 
 
 def _filled(paper: str, task: str, pretraining: str) -> str:
-    "The text with the paper's numbers in place of `{rate C_Tr metric priors}`; those of a quarter of pretraining where it begins with `quarter`."
+    "The text with the paper's numbers in place of `{rate C_Tr metric priors}`, or of `{before metric priors}`; those of a quarter of pretraining where it begins with `quarter`."
 
     def numbers(place):
         quarter, rate, c_tr, metric, priors = place.groups()
-        return _paper(task, "quarter" if quarter else pretraining, rate, float(c_tr), metric, *priors.split())
+        cell = (rate, float(c_tr)) if rate else ("η_M", 1.0)  # before fine-tuning all have the same
+        return _paper(task, "quarter" if quarter else pretraining, *cell, metric, *priors.split(), at=1 if rate else 0)
 
-    return re.sub(r"\{(quarter )?(\S+) (\S+) (\S+) (.+?)\}", numbers, paper)
+    return re.sub(r"\{(quarter )?(?:before|(\S+) (\S+)) (acc_\w+) (.+?)\}", numbers, paper)
 
 
 def _for_task(claims: Iterable[Claim], task: str, pretraining: str = "full") -> tuple[Claim, ...]:
@@ -885,7 +886,8 @@ _PRUNING = (
         0.30,
         lambda t: _top(t, "acc_oft", "η_M", 0, c_te=1.0) - _top(t, "acc_oft", "η_M", 10, c_te=1.0),
         _FIG7,
-        exploratory="count",
+        rests_on=("C2b",),
+        exploratory=True,
     ),
     Claim(
         "C2e",
@@ -895,7 +897,8 @@ _PRUNING = (
         0.60,
         lambda t: at_end(t.curve("fine_tuning", "later_half", prior="L", c_tr=1.0, ft_rate="η_M", k=15), 15),
         "few components in the later half (Sec. 3)",
-        rests_on=("S7",),
+        rests_on=("C2b",),
+        exploratory=True,
     ),
 )
 
@@ -911,7 +914,7 @@ def _best(t: OneSeed, rate: str = "η_S", metric: str = "accuracy") -> Value:
     return t.best("fine_tuning", metric, prior="L", c_tr=1.0, ft_rate=rate)
 
 
-def _readable(i: str, rate: str) -> Claim:
+def _readable(i: str, rate: str, paper: str = _FIG8) -> Claim:
     return Claim(
         i,
         f"The answer for O_PT can still be read off by a linear map after fine-tuning at {rate}.",
@@ -919,7 +922,7 @@ def _readable(i: str, rate: str) -> Claim:
         ">=",
         0.90,
         lambda t: _best(t, rate),
-        _FIG8,
+        paper,
         rests_on=("S9",),
         exploratory="count",
     )
@@ -973,7 +976,7 @@ _PROBING = (
         lambda t: t.best("pretraining", prior="L"),
     ),
     _readable("C3a", "η_S"),
-    _readable("C3b", "η_M"),
+    _readable("C3b", "η_M", "a drop (Fig. 8)"),
     Claim(
         "C3c",
         "It can be read with nearly the pretrained profile over blocks.",
@@ -985,6 +988,15 @@ _PROBING = (
         rests_on=("S9",),
     ),
     Claim(
+        "S59",
+        "So can that of models pretrained with priors M and H.",
+        "accuracy of the best probe for O_PT before fine-tuning, priors M and H (the lower)",
+        ">=",
+        0.95,
+        lambda t: _least(t.best("pretraining", prior=prior) for prior in "MH"),
+        exploratory=True,
+    ),
+    Claim(
         "C3d",
         "So can it from priors M and H at η_M.",
         "largest drop of a probe's accuracy for O_PT over sites, priors M and H (the larger), C_Tr = 1, η_M",
@@ -992,6 +1004,8 @@ _PROBING = (
         0.10,
         lambda t: _most(t.drop(prior, "η_M") for prior in "MH"),
         _FIG8,
+        rests_on=("S59",),
+        exploratory=True,
     ),
     _beyond("C3e", "the best probe of shuffled labels", lambda t: _best(t, metric="shuffled")),
     _beyond("C3f", "the best probe of an untrained model", lambda t: t.best("untrained"), 0.10, True),
@@ -1041,7 +1055,7 @@ def _before(i: str, priors: str, exploratory: bool | str = True, **labels) -> Cl
         ">=",
         0.95,
         lambda t: _least(t.before("acc_opt", prior, **labels) for prior in priors),
-        "100 % (Table 5)" if part == 1 else "99.8 % (H) and 99.9 % (L) for Counter (Table 6)",
+        f"{{{'quarter ' if part < 1 else ''}before acc_opt {' '.join(priors)}}}" if "part" in labels else "100 % (Table 5)",
         exploratory=exploratory,
     )
 
@@ -1122,7 +1136,7 @@ MIXING_CLAIMS = (
     ),
     Claim(
         "C6b",
-        "The less pretraining data is mixed in, the more of O_PT is lost.",
+        "With hardly any pretraining data mixed in more of O_PT is lost than with as much as of fine-tuning's.",
         f"acc_opt after fine-tuning, 50 % − 0.1 % pretraining data, {_CORRELATED}, η_M",
         ">=",
         0.30,
@@ -1377,6 +1391,15 @@ RANDFT_CLAIMS = (
     _undone_sooner("C10b", "Scr.+FT", "scr_ft", "η_S"),
     _undone_sooner("C10c", "Scr.", "from_scratch", "η_M"),
     Claim(
+        "S60",
+        "Plain fine-tuning makes the model stop counting O_PT, too.",
+        f"acc_opt before reFT, {_CORRELATED}, η_M",
+        "<=",
+        0.60,
+        lambda t: _begins(t, "reft", rate="η_M", **_TAUGHT),
+        exploratory=True,
+    ),
+    Claim(
         "C10d",
         "It undoes randFT as soon as plain fine-tuning.",
         f"steps to 0.95 of reFT of randFT / of reFT, {_CORRELATED}, η_M",
@@ -1387,7 +1410,17 @@ RANDFT_CLAIMS = (
         ),
         "similarly sample-efficient (Fig. 28)",
         ratio=True,
-        rests_on=("S26",),
+        rests_on=("S26", "S60"),
+        exploratory=True,
+    ),
+    Claim(
+        "S58",
+        "randFT at η_S makes the model stop counting O_PT.",
+        f"acc_opt after randFT, {_CORRELATED}, η_S",
+        "<=",
+        0.60,
+        lambda t: t.end("randft", "acc_opt", prior="L", c_tr=1.0, ft_rate="η_S"),
+        exploratory=True,
     ),
     Claim(
         "C10e",
@@ -1397,6 +1430,8 @@ RANDFT_CLAIMS = (
         0.90,
         lambda t: t.best("randft", prior="L", c_tr=1.0, ft_rate="η_S"),
         "but for L at η_M with a trend as before (Fig. 30)",
+        rests_on=("S58",),
+        exploratory=True,
     ),
     Claim(
         "S47",
