@@ -594,7 +594,7 @@ def asked_since(
     judged: list[dict],  # claims as in `claims.json`
     folder: str,  # where they lie, such as desk_index
 ) -> list[str]:
-    "Sentences on claims that rest today on one that was not there when they were judged, on those that are worded or counted otherwise, and on those that are exploratory by now."
+    "Sentences on claims that rest today on one that was not there when they were judged, or on one that did not hold, on those that are worded or counted otherwise, and on those that are exploratory by now."
     task = "index" if "index" in folder.split("_") else "count"
     from wrapperlib.compiled_runs import C7  # both rooms are built on this one
     from wrapperlib.story_claims import STORY_CLAIMS
@@ -606,10 +606,14 @@ def asked_since(
     changed = [c.id for c in now if there[c.id] != [c.statement, c.statistic, f"{c.side} {c.threshold:g}"]]
     late = {c.id: [i for i in c.rests_on if i not in there] for c in now}
     said = [f"{claim} on {', '.join(i)}" for claim, i in late.items() if i]
+    verdicts = {c["id"]: c["verdict"] for c in judged}
+    weak = {c.id: [i for i in c.rests_on if verdicts.get(i, "holds") != "holds"] for c in now}
+    undecided = [f"{claim} on {', '.join(i)}" for claim, i in weak.items() if i and verdicts[claim] != "inconclusive"]
     plain = {c["id"] for c in judged if not c["exploratory"]}
     marked = [c.id for c in now if c.exploratory and c.id in plain]
     found = {
         "Rests by now on what was not asked then": "; ".join(said),
+        "Decided here, and inconclusive by now for what it rests on": "; ".join(undecided),
         "Asked otherwise by now": ", ".join(changed),
         "Exploratory by now": ", ".join(marked),
     }
