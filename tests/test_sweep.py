@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from tests.conftest import REPO, cells
-from wrapperlib import faults, protocols, runs, sweep
+from wrapperlib import deletion, faults, protocols, runs, sweep
 from wrapperlib.checks import BadInput, NotWritten
+from wrapperlib.llama import LlamaShape
 from wrapperlib.protocols import SCALES, carry_out, pretraining, revival_plan
 from wrapperlib.runs import FILES, Store, address, train_all
 from wrapperlib.training import NotFinite, Progress
@@ -95,8 +96,13 @@ def test_stories_are_found_and_never_made_by_what_only_looks(tmp_path, monkeypat
     assert said() == not_yet
     (tokens / "tokenizer.json").unlink()
     assert said() == not_yet
+    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, *_: {sweep.kind(r): ((1.0, 0.0), 2**30) for r in runs})
+    before = listing(tmp_path)
     costs = sweep.plan("smoke", device="cpu", experiments=asked)
-    assert costs.loc["exp_stories/smoke", "note"] == "stories are not tokenised yet" and len(costs) == 2
+    assert listing(tmp_path) == before and said() == not_yet
+    assert costs.loc["exp_stories/smoke", "note"].startswith("stories are not tokenised yet; a few tales stand in")
+    whole = sum(run.recipe.steps for run in whole.runs) / 3600
+    assert list(costs["runs"]) == [n, n] and costs["hours on 1"].tolist() == pytest.approx([whole, whole])
     with pytest.raises(BadInput, match=r"of is 'exp_stories'; allowed: .* stories are not tokenised yet"):
         sweep.sweep(Store(tmp_path / "runs"), "exp_stories", dict(scale="smoke"))
 
@@ -314,6 +320,30 @@ def test_stories_are_left_out_at_scale_paper_unless_it_is_said_where_they_are():
     assert (
         sweep.everything("paper") == tuple(e for e in sweep.EXPERIMENTS if e[0] != "exp_stories") != sweep.EXPERIMENTS
     )
+
+
+def test_the_papers_language_model_has_a_price_on_a_gpu_before_its_stories_are_there(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    measured = []
+
+    def kinds(wanted, device, lacking):
+        for run in {sweep.kind(run): run for run in wanted}.values():
+            ids = run.stream.batch(2, 0, 0)
+            assert ids.shape == (2, run.stream.length) and ids.max() < run.stream.train.vocabulary
+            measured.append((run.shape, run.stream.train.vocabulary, run.stream.length, run.recipe.batch))
+        return {sweep.kind(run): ((1.0, 0.0), 2**30) for run in wanted}
+
+    monkeypatch.setattr(sweep, "measured_kinds", kinds)
+    monkeypatch.setitem(sweep.PARAMETERS, "device", lambda *_: "cuda")
+    fewer = replace(deletion.SIZES["paper"], samples=16)  # stories written, so that few tales are enough
+    monkeypatch.setitem(deletion.SIZES, "paper", fewer)
+    monkeypatch.chdir(tmp_path)
+    costs = sweep.plan("paper", device="cpu", experiments=[("exp_stories", {})])
+    assert (LlamaShape(8192, 1536, 12, 12, 768), 8192, 1025, 128) in measured and costs.loc[
+        "all", "hours on 1"
+    ] > 30_000 / 3600
+    assert not list(tmp_path.iterdir())
+    assert sweep._unread("paper", "cpu") == sweep._unread("desk", "cuda") == ""
 
 
 def test_what_is_not_there_at_a_scale_is_left_out(capsys, tmp_path, monkeypatch):
