@@ -117,6 +117,9 @@ def test_what_a_fine_tuned_model_says(tmp_path):
     said = what_it_says(store, plan)
     assert list(said.index) == [("L", 0.0, 0), ("L", 1.0, 0)]
     assert (said["count(a) + 1"] == 1).all() and (said[["count(a)", "count(b)", "other"]] == 0).all().all()
+    other = next((labels, run) for labels, run in plan if labels["protocol"] == "fine_tuning")
+    with pytest.raises(BadInput, match=r"plan is 'one with several models of prior L, C_Tr 0\.0, seed 0'"):
+        what_it_says(store, [*plan, other])
 
 
 def test_the_price_at_the_papers_scale_is_days(tmp_path):

@@ -420,6 +420,23 @@ def test_checkpoints_that_take_long_are_made_seldom(store, domain, monkeypatch):
     assert len(made) > 2 and all(b - a == 8 for a, b in itertools.pairwise(made))  # of 40 seconds 2 are for checkpoints
 
 
+def test_whoever_waits_long_for_a_lock_says_so_once(tmp_path, monkeypatch, caplog):
+    path, ours = tmp_path / "locks" / "run.lock", []
+    monkeypatch.setattr(runs, "_LONG_WAIT", 0)
+
+    def waiting():
+        ours.append(len(caplog.messages))
+        if len(ours) == 3:
+            other.release()
+
+    other = FileLock(path)
+    path.parent.mkdir()
+    other.acquire()
+    with runs.locked(path, waiting) as held:
+        assert held
+    assert ours == [0, 1, 1] and caplog.messages == [f"waits for {path}, which another process holds"]
+
+
 def test_what_another_machine_may_still_be_writing_is_left_alone(store, domain, monkeypatch):
     run, names = a_run(domain, steps=5), {}
     for machine in ("here", "there", "there, long ago"):

@@ -433,7 +433,7 @@ def wild():
 """
 
 
-def test_a_grid_of_which_something_failed_leaves_the_table_of_what_is_there(tmp_path, capsys):
+def test_a_grid_of_which_something_failed_leaves_the_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     grid = {"scale": "smoke", "recipe.steps": 5, "recipe.clip": 1e30, "recipe.muon": 0.0, "recipe.lr": [1e-3, 1e30]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(dict(of="pretraining", grid=grid)))
     given = ["grid", str(tmp_path / "mine.yaml"), "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]
@@ -442,7 +442,18 @@ def test_a_grid_of_which_something_failed_leaves_the_table_of_what_is_there(tmp_
     place = tmp_path / "sweeps/mine"
     table = pd.read_csv(place / "results.csv")
     assert set(table["recipe.lr"]) == {1e-3} and set(table["seed"]) == {0} and set(table["prior"]) == {"L"}
-    assert json.loads((place / "provenance.json").read_text())["failed"].startswith("NotFinite: pretraining, prior L")
+    about = json.loads((place / "provenance.json").read_text())
+    assert about["failed"].startswith("NotFinite: pretraining, prior L") and about["training"] is None
+    whole = (place / "results.csv").read_bytes()
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(dict(of="pretraining", grid=grid | {"recipe.lr": [1e-3, 2e-3]})))
+    refuses = failing(lambda r: True, BadInput("address is 'nowhere'; allowed: a cluster"))
+    monkeypatch.setattr(sweep, "Ray", lambda *_: refuses)
+    assert sweep.main([*given, "--engine", "ray"]) == 2  # nothing was trained: the table of before is left as it was
+    assert capsys.readouterr().err == "BadInput: address is 'nowhere'; allowed: a cluster\n"
+    assert (place / "results.csv").read_bytes() == whole and not (place / "earlier").exists()
+    assert sweep.main(given) == 0
+    about = json.loads((place / "provenance.json").read_text())
+    assert about["training"]["trained"] == about["training"]["reused"] == 1 and "failed" not in about
 
 
 def test_runs_that_wait_for_each_other_take_longer_than_their_work_divided():
@@ -950,6 +961,34 @@ def test_a_node_that_does_not_suit_takes_nothing_more_while_others_do_well(tmp_p
     with pytest.raises(BadInput, match=r"wrapperlib is 'another one on .*allowed: the one the sweep was started with"):
         on_ray(monkeypatch, store, wanted, made=made)
     assert sum(map(store.finished, wanted)) == 1 and len(made.cancelled) == 3
+
+
+def test_what_another_machine_has_made_is_waited_for_and_then_given_up(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+
+    def sleep(seconds):
+        clock[0] += seconds
+        if clock[0] == 3:
+            (tmp_path / "run").mkdir()
+
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    assert sweep._await(tmp_path / "run") and clock == [3]
+    assert not sweep._await(tmp_path / "no folder" / "run") and clock == [123]
+
+
+def test_a_step_of_this_machine_says_nothing_of_gpus_elsewhere(tmp_path, capsys, monkeypatch):
+    run = sweep.one_run("pretraining", scale="smoke")
+
+    def elsewhere(store, missing, *_):
+        for each in missing:
+            runs.train_run(store, each)
+        return 0
+
+    for gpus, said in ((0.25, False), (0, True)):
+        elsewhere.gpus = gpus
+        carry_out(Store(tmp_path / str(gpus)), [({}, run)], engine=elsewhere)
+        assert ("of training for one worker, by a step measured" in capsys.readouterr().out) == said
 
 
 def test_a_run_that_does_not_appear_is_told_so_and_not_called_damaged(tmp_path, monkeypatch):

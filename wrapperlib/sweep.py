@@ -1097,10 +1097,13 @@ def _do_grid(a: argparse.Namespace, engine) -> int:
     }
     began = time.perf_counter()
     store, failed = Store(p["out"] / "runs"), None
+    before = _there(store, dict(grid=[run for _, run in asked]))
     try:
         table, done = carry_out(store, asked, p["device"], p["workers"], engine)
     except (NotFinite, NotWritten, BadInput, RuntimeError) as e:
-        if not (there := [(labels, run) for labels, run in asked if store.finished(run)]):
+        there = [(labels, run) for labels, run in asked if store.finished(run)]
+        refused = isinstance(e, BadInput) and len(there) == len(before)  # before anything was trained
+        if refused or not there:
             raise
         table, done, failed = results(store, there), None, e
     seconds = dict(training=time.perf_counter() - began)
@@ -1110,8 +1113,8 @@ def _do_grid(a: argparse.Namespace, engine) -> int:
         print(path)
     if failed:
         print("the table has what is finished")
-        raise failed
-    return 0
+        print(_first_line(failed), file=sys.stderr)
+    return int(bool(failed))
 
 
 def _told(table: pd.DataFrame) -> str:
