@@ -96,13 +96,22 @@ def test_stories_are_found_and_never_made_by_what_only_looks(tmp_path, monkeypat
     assert said() == not_yet
     (tokens / "tokenizer.json").unlink()
     assert said() == not_yet
-    monkeypatch.setattr(sweep, "measured_kinds", lambda runs, *_: {sweep.kind(r): ((1.0, 0.0), 2**30) for r in runs})
+
+    def kinds(wanted, *_):
+        assert all(run.stream.batch(50, 0, 0).max() < run.stream.train.vocabulary for run in wanted)
+        return {sweep.kind(run): ((1.0, 0.0), 2**30) for run in wanted}
+
+    monkeypatch.setattr(sweep, "measured_kinds", kinds)
     before = listing(tmp_path)
     costs = sweep.plan("smoke", device="cpu", experiments=asked)
     assert listing(tmp_path) == before and said() == not_yet
     assert costs.loc["exp_stories/smoke", "note"].startswith("stories are not tokenised yet; a few tales stand in")
     whole = sum(run.recipe.steps for run in whole.runs) / 3600
     assert list(costs["runs"]) == [n, n] and costs["hours on 1"].tolist() == pytest.approx([whole, whole])
+    with monkeypatch.context() as without:
+        without.setattr("wrapperlib.deletion.find_spec", lambda _: None)
+        costs = sweep.plan("smoke", device="cpu", experiments=asked)
+    assert costs["note"].tolist() == ["stories are not tokenised yet", "without exp_stories/smoke"]
     with pytest.raises(BadInput, match=r"of is 'exp_stories'; allowed: .* stories are not tokenised yet"):
         sweep.sweep(Store(tmp_path / "runs"), "exp_stories", dict(scale="smoke"))
 
@@ -342,7 +351,7 @@ def test_the_papers_language_model_has_a_price_on_a_gpu_before_its_stories_are_t
     assert (LlamaShape(8192, 1536, 12, 12, 768), 8192, 1025, 128) in measured and costs.loc[
         "all", "hours on 1"
     ] > 30_000 / 3600
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and costs["note"].str.endswith("; to train on them, say where they are").all()
     assert sweep._unread("paper", "cpu") == sweep._unread("desk", "cuda") == ""
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -236,8 +237,10 @@ def corpus(
         with only_looking():
             return _corpus(size, data, out)
     except NotTokenised:
+        if not find_spec("tokenizers"):
+            raise
         enough = max(600, 60 * size.samples)  # to have as many held-out instructions as models are asked for stories
-        found = _made_instead(replace(size, vocabulary=512, tales=enough), instead)
+        found = _made_instead(replace(size, vocabulary=min(512, size.vocabulary), tales=enough), instead)
         return replace(found, shards={key: replace(s, vocabulary=size.vocabulary) for key, s in found.shards.items()})
 
 

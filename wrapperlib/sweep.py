@@ -913,7 +913,10 @@ def plan(
         wanted = {str(e.folder): e.runs for e in asked}
         wanted["all"] = list(dict.fromkeys(r for of in wanted.values() for r in of))
         kinds = measured_kinds(wanted["all"], place, lacking)
-        notes = {name: _BY_TALES for name, of in wanted.items() if any(_reads(r, folder) for r in of)}
+        notes = {str(e.folder): e.waits for e in asked if e.waits}
+        notes |= {"all": "without " + ", ".join(notes)} if notes else {}
+        by_tales = _BY_TALES + ("; to train on them, say where they are" if _unread(scale, place) and not data else "")
+        notes |= {name: by_tales for name, of in wanted.items() if any(_reads(r, folder) for r in of)}
     figures = {str(e.folder): e.figures for e in asked}
     for name, of in wanted.items():
         why = dict.fromkeys(lacking[kind(run)] for run in of if kind(run) in lacking)
