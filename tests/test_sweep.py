@@ -1013,10 +1013,12 @@ def test_a_class_of_the_script_is_refused_on_ray_for_no_other_node_knows_it(tmp_
     run = sweep.one_run("pretraining", scale="smoke")
     mine = type("Mine", (type(run.stream),), {"__module__": "__main__"})
     monkeypatch.setattr(sweep.runs, "_kinds", lambda _: {mine})
+    made = Immediately({})
+    monkeypatch.setattr(sweep, "_ray", lambda: made)
     with pytest.raises(
         BadInput, match="part of a run is 'Mine'; allowed: classes of a module that all nodes can import"
     ):
-        on_ray(monkeypatch, Store(tmp_path / "runs"), [run])
+        sweep.Ray()(Store(tmp_path / "runs"), [run], "cpu", 1, None)
 
 
 @pytest.mark.parametrize(
