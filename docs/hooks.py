@@ -274,7 +274,10 @@ def with_math(
     text: str,  # Markdown
 ) -> str:
     "Formulas between dollars as MathML, which browsers draw by themselves; code is left as it is."
-    parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
+    indented = (
+        r"(?:\A|(?<=\n\n))(?: {4}[^\n]*(?:\n|\Z)|\n(?= {4}))+"  # a block of code, as a shell's $VARIABLES stand in
+    )
+    parts = re.split(rf"(```.*?```|{indented}|`[^`\n]+`)", text, flags=re.S)
     return "".join(
         p if i % 2 else re.sub(r"(?<![\\$])(\$\$?)(?=\S)([^$]+?)(?<=\S)\1(?![\d$])", mathml, p)
         for i, p in enumerate(parts)

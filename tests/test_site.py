@@ -1,5 +1,6 @@
 "The site: its links and anchors, that it needs nothing from elsewhere, and what a browser makes of it."
 
+import html
 import importlib.util
 import json
 import os
@@ -156,6 +157,14 @@ def test_notebooks_are_read_without_what_is_for_tools(pages):
         text = path.read_text()
         assert "#| " not in text and "#|hide" not in text, path
         assert "jp-RenderedText" not in text or "application/vnd.jupyter.stderr" not in text, path
+
+
+def test_formulas_are_set_and_code_keeps_its_dollars(site, pages):
+    script = html.unescape(re.sub("<[^>]+>", "", (site / "nbs/howto_cluster.html").read_text()))
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK RAY_AUTH_MODE=token" in script
+    assert "<math" in (site / "nbs/11_claims.html").read_text()
+    for path in pages:
+        assert "&lt;math" not in path.read_text(), path
 
 
 def test_the_ledger_has_every_claim_and_leads_to_its_cell(site, pages):
